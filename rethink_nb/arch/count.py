@@ -26,7 +26,7 @@ def module_cost(m:nn.Module, x:torch.Tensor, y:torch.Tensor) -> tuple[int, int, 
         # the reference counts a linear layer's bias whether there is one or not
         return macs, 2*macs + (out if isinstance(m, nn.Linear) or m.bias is not None else 0), live
     if isinstance(m, nn.BatchNorm2d): return 0, 2*x.numel(), 0
-    if isinstance(m, nn.ReLU): return 0, x.numel() if x.dim() == 4 else 0, 0
+    if isinstance(m, nn.ReLU): return 0, x.numel(), 0
     if isinstance(m, (nn.MaxPool2d, nn.AvgPool2d)): return 0, out*torch.Size(_pair(m.kernel_size)).numel(), 0
     return 0, 0, 0
 

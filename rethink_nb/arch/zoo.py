@@ -8,7 +8,6 @@ __all__ = ['networks', 'targets', 'vgg', 'resnet', 'arch', 'names', 'name_of', '
 # %% ../../nbs/arch/zoo.ipynb #b9b1c0d4
 from functools import partial
 
-from . import count as _count # gives Arch its count()
 from .spec import Arch, Switches
 from ..core.errors import UserError
 from ..core.registry import Registry

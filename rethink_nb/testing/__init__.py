@@ -1,0 +1,1 @@
+"Tiny networks and data for examples and tests."
