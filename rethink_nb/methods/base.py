@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['methods', 'Method', 'register', 'kept_of', 'counts_by_ratio', 'inner_sites', 'uniform_counts', 'kept_counts',
-           'Pruned', 'prune', 'names', 'info', 'callbacks']
+           'Pruned', 'prune', 'pruned_arch', 'names', 'info', 'callbacks']
 
 # %% ../../nbs/methods/base.ipynb #7efddce4
 from collections.abc import Callable, Iterable
@@ -38,6 +38,7 @@ class Method:
     choose: Callable = field(compare=False) # (net, counts, batches, seed) -> (kept channels by site, scores by site)
     needs: tuple[str, ...] = () # beyond the trained network: "batches"
     version: int = 1 # raise it when results change; it is part of every run's id
+    reshape: Callable = field(default=lambda arch, counts: counts, compare=False) # (arch, asked counts) -> counts; other than asked only for width controls
     callbacks: Callable = field(default=lambda **options: (), compare=False) # what it adds to a training
 
 # %% ../../nbs/methods/base.ipynb #f460253e
@@ -165,12 +166,23 @@ def prune(
     m = methods.get(method)
     arch = _arch_of(net)
     if "batches" in m.needs and batches is None: raise UserError(f"{method} needs data: give batches")
-    counts = kept_counts(arch, ratio, **request)
+    counts = m.reshape(arch, kept_counts(arch, ratio, **request))
     keep, scores = m.choose(net, counts, batches=batches, seed=seed)
     asked = {k: v for k, v in dict(ratio=ratio, **request).items() if isinstance(v, (str, int, float))}
     plan = Plan(parent=arch.id, keep=keep, scores=scores, method=method, version=m.version, options={**asked, "seed": seed})
     small = cut(net, plan)
     return Pruned(small, small.arch, None, {k: v.detach().clone() for k, v in net.state_dict().items()}, plan, arch, arch.count(), small.arch.count())
+
+# %% ../../nbs/methods/base.ipynb #99781f67
+def pruned_arch(
+    method:str, # a predefined or control method
+    arch:Arch, # before pruning
+    ratio=None, **request, # as for `prune`
+) -> Arch:
+    "The architecture that `prune` will give"
+    m = methods.get(method)
+    if m.category not in ("predefined", "control"): raise UserError(f"{method} finds its widths in trained weights: prune a trained network")
+    return arch.with_widths(m.reshape(arch, kept_counts(arch, ratio, **request)))
 
 # %% ../../nbs/methods/base.ipynb #be974e2d
 def _arch_of(net:nn.Module) -> Arch:

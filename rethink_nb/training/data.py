@@ -115,6 +115,7 @@ class Source:
     "Where a data set comes from and how it is treated"
     read: Callable = field(repr=False)  # (root, download) -> official training Split, official test Split
     classes: int
+    input: tuple[int,int,int]           # channels, height, width, known before anything is read
     val: int                            # training images held out by default
     pad: int                            # border for random crops
     flip: bool
@@ -153,8 +154,8 @@ def read_digits(root=None, download:bool=False) -> tuple[Split, Split]: # 1,200 
     test, train = pick(everyone.labels, 597, seed=0) # a constant: the test images never move
     return everyone.take(train), everyone.take(test)
 
-# %% ../../nbs/training/data.ipynb #bcdef0e6
-datasets.register("digits", Source(read_digits, classes=10, val=200, pad=0, flip=False)) # [ours]
+# %% ../../nbs/training/data.ipynb #e2d52fed
+datasets.register("digits", Source(read_digits, classes=10, input=(1, 8, 8), val=200, pad=0, flip=False)) # [ours]
 
 # %% ../../nbs/training/data.ipynb #63f41de3
 def draw(
@@ -282,8 +283,8 @@ def read_fashion(
     parts = [_fashion_part(p) for p in obtain("Fashion-MNIST", names, folders, advice, fetch)]
     return Split(*parts[:2]), Split(*parts[2:])
 
-# %% ../../nbs/training/data.ipynb #de5fd57a
-datasets.register("fashion-mnist", Source(read_fashion, classes=10, val=5_000, # [ours]: 500 a class
+# %% ../../nbs/training/data.ipynb #6ccf5395
+datasets.register("fashion-mnist", Source(read_fashion, classes=10, input=(1, 28, 28), val=5_000, # [ours]: 500 a class
     pad=4, flip=True)) # zhunzhong07/Random-Erasing, fashionmnist.py at 24560bd
 
 # %% ../../nbs/training/data.ipynb #554cf2f4
@@ -343,8 +344,8 @@ _cifar10 = CifarFiles("cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d8753
 _cifar100 = CifarFiles("cifar-100-binary.tar.gz", "03b5dce01913d631647c71ecec9e9cb8", "cifar-100-binary",
                        ("train.bin",), ("test.bin",), (50_000, 10_000), True)
 
-# %% ../../nbs/training/data.ipynb #046b3723
-_cifar = partial(Source, val=5_000, # [ours]; the reference holds nothing out
+# %% ../../nbs/training/data.ipynb #34bc248b
+_cifar = partial(Source, input=(3, 32, 32), val=5_000, # [ours]; the reference holds nothing out
     pad=4, flip=True, mean=(.4914,.4822,.4465), std=(.2023,.1994,.2010)) # cifar/l1-norm-pruning/main.py
 datasets.register("cifar10", _cifar(_cifar10, classes=10))
 datasets.register("cifar100", _cifar(_cifar100, classes=100))
