@@ -7,4 +7,4 @@ __all__ = []
 
 # %% ../../nbs/methods/all.ipynb #b77da8ec
 from . import controls, l1 # noqa: F401 (each registers itself)
-from .base import methods
+from .base import methods # noqa: F401 (the filled registry)

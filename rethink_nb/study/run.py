@@ -47,7 +47,7 @@ def execute(
 
 # %% ../../nbs/study/run.ipynb #15342c43
 def _train(run:Run, store:Store, data:Data, device:str) -> dict:
-    net = store.network(run.start, run.arch) if run.start else run.arch.build(run.seed)
+    net = store.network(run.start.id) if run.start else run.arch.build(run.seed)
     at = store.work(run)
     tell = lambda row: write_text(at/"progress.json", json.dumps(dict(label=run.label, epochs=run.recipe.epochs, **row)))
     try: h = train(net, data, run.recipe, seed=run.seed, device=device, checkpoint=at/"checkpoint.safetensors", report=tell)
@@ -57,7 +57,7 @@ def _train(run:Run, store:Store, data:Data, device:str) -> dict:
 # %% ../../nbs/study/run.ipynb #cfaaa1d1
 def _prune(run:Run, store:Store, data:Data, device:str) -> dict:
     began = time.perf_counter()
-    p = prune(run.method, store.network(run.start, run.arch), seed=run.seed, **run.request)
+    p = prune(run.method, store.network(run.start.id), seed=run.seed, **run.request)
     verdict, seconds = p.verify(), time.perf_counter() - began
     if not verdict.ok: raise RuntimeError(f"run {run.id}: the smaller network is not the masked one ({verdict})")
     device = pick_device(device)

@@ -18,6 +18,7 @@ from safetensors.torch import save as save_tensors
 from torch import nn
 
 from .. import __version__
+from ..arch.spec import Arch
 from ..core.errors import UserError
 from ..core.files import folder, write_bytes, write_text
 from ..core.record import read_json
@@ -72,10 +73,14 @@ def weights(self:Store, id:str) -> dict[str, torch.Tensor]:
 
 # %% ../../nbs/study/store.ipynb #e6222c93
 @patch
-def network(self:Store, run:Run, arch) -> nn.Module:
+def network(self:Store,
+    id:str, # of a run
+    arch:Arch | None=None, # None: the one that lies beside the weights
+) -> nn.Module:
     "The trained or pruned network of a run"
+    arch = arch or Arch.read(self/id/"arch.json")
     with torch.device("meta"): net = arch.module().Net(arch)
-    net.load_state_dict(self.weights(run.id), assign=True)
+    net.load_state_dict(self.weights(id), assign=True)
     for p in net.parameters(): p.requires_grad_(True)
     net.arch = arch
     return net
