@@ -87,11 +87,11 @@ def prune(
     from rethink_nb.methods.all import methods
     from rethink_nb.methods.base import prune
     methods.get(method)
-    at, net = folder(out, "out"), _source(source)
+    at, (net, said) = folder(out, "out"), _source(source)
     p = prune(method, net, _ratio(ratio), target=target or None, macs=macs, seed=seed)
     verdict = p.verify()
     _write_pruned(p, at)
-    print(p, verdict, f"written to {at}", sep="\n")
+    print(said, p, verdict, f"written to {at}", sep="\n")
 
 # %% ../nbs/cli.ipynb #0db62e1b
 def _ratio(text:str):
@@ -100,16 +100,16 @@ def _ratio(text:str):
     except ValueError: raise UserError(f"ratio {text!r}: give a number, or numbers separated by commas") from None
     return None if not numbers else numbers[0] if len(numbers) == 1 else numbers
 
-# %% ../nbs/cli.ipynb #a4bc2c27
-def _source(source:str):
-    "The network in a run folder, or of a name with random weights"
+# %% ../nbs/cli.ipynb #67053fcb
+def _source(source:str) -> tuple:
+    "The network in a run folder, or of a name with random weights; and a word on which"
     from rethink_nb.arch import zoo
-    from rethink_nb.study.store import Store
+    from rethink_nb.study.store import Store, read_network
     if not Path(source).is_dir():
-        print(f"{source}: random weights", file=sys.stderr) if source in zoo.names() else None
-        return zoo.arch(source).build(seed=0)
+        return zoo.arch(source).build(seed=0), f"{source} with random weights"
     folder = Path(source).resolve()
-    return Store(folder.parent).network(folder.name)
+    if not (folder/"record.json").is_file(): return read_network(folder), f"the network in {folder}"
+    return Store(folder.parent).network(folder.name), f"the network of run {folder.name}"
 
 # %% ../nbs/cli.ipynb #e76088e6
 def _write_pruned(p, at:Path):
@@ -126,8 +126,10 @@ def _trial(studies:list, out:Path, store, root, device, workers, method:str, ste
     from rethink_nb.study.notebook import run_notebook
     from rethink_nb.study.trial import Trial
     trial = Trial(studies, store)
+    options = dict(workers=workers or None, device=device, root=root or None)
+    trial.check(**options)
     print(f"{len(trial.runs)} runs, {len(trial.runs) - len(trial.todo)} done already", file=sys.stderr)
-    trial.run(workers=workers or None, device=device, root=root or None)
+    trial.run(**options)
     s = studies[0]
     notebook = run_notebook(method, out/f"{stem}.ipynb", data=s.data, archs=" ".join(x.arch for x in studies), ratios=list(s.ratios), seeds=s.seeds, scale=s.scale,
                             epochs=s.epochs or 0, subset=s.subset or 0, width=s.width, precision=s.precision, margin=s.margin or 0., alpha=s.alpha,
@@ -145,7 +147,7 @@ def run(
     arch:str="vgg-digits", # network
     ratio:str="0.3,0.5", # fractions of channels removed, separated by commas
     seeds:int=3, # replicates
-    scale:str="smoke", # smoke, pocket or paper: sets the margin
+    scale:str="", # smoke, pocket or paper: sets the margin; empty: the usual one of the data set
     epochs:int=0, # the parent's; 0: the recipe's
     subset:int=0, # training images; 0: all
     width:float=1., # multiplier of the network's widths
@@ -163,7 +165,7 @@ def run(
     from rethink_nb.study.grid import Study
     from rethink_nb.study.notebook import experiments
     numbers = _ratio(ratio)
-    s = Study(data=data, arch=arch, method=method, ratios=numbers if isinstance(numbers, list) else [numbers], seeds=seeds, scale=scale, epochs=epochs or None,
+    s = Study(data=data, arch=arch, method=method, ratios=numbers if isinstance(numbers, list) else [numbers], seeds=seeds, scale=scale or None, epochs=epochs or None,
               subset=subset or None, width=width, precision=precision, margin=margin or None, alpha=alpha)
     experiments().get(method)
     _trial([s], folder(out, "out"), store, root, device, workers, method, f"{method}-{data}-{arch}")

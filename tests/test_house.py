@@ -103,7 +103,7 @@ def floor_findings(package):
             if target in faces: found.append(f"{at}: through a face")
             else: graph[name].add(target)
             to = target.split(".")[1]
-            if not may(room, to) and not (room == "report" and target == f"{NAME}.core.errors"): found.append(f"{at}: upward, {room} to {to}")
+            if not may(room, to) and not (room == "report" and target in (f"{NAME}.core.errors", f"{NAME}.core.files")): found.append(f"{at}: upward, {room} to {to}")
     return found + ["circle: " + " -> ".join(circle) for circle in circles(graph)]
 
 

@@ -75,8 +75,7 @@ def count(
 # %% ../../nbs/arch/count.ipynb #e1bfafd6
 @lru_cache(maxsize=4096)
 def _count_arch(arch:Arch) -> Count:
-    with torch.device("meta"): net = arch.module().Net(arch.check())
-    return count(net, arch.input)
+    return count(arch.blank(), arch.input)
 
 # %% ../../nbs/arch/count.ipynb #82874a50
 @patch

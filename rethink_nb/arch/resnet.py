@@ -79,6 +79,7 @@ class Net(nn.Module):
     "The network of a ResNet `Arch`"
     def __init__(self, arch:Arch):
         super().__init__()
+        self.arch = arch
         stream, inner, sw = arch.widths[:len(arch.stages)], iter(arch.widths[len(arch.stages):]), arch.switches
         self.conv, self.bn, self.relu = nn.Conv2d(arch.input[0], stream[0], 3, 1, 1, bias=False), nn.BatchNorm2d(stream[0]), nn.ReLU(inplace=True)
         self.stages, channels = [f"stage{s}" for s in range(1, len(arch.stages) + 1)], stream[0]
@@ -89,12 +90,12 @@ class Net(nn.Module):
             channels = stream[s - 1]
         # sized to the last map: the reference's counter knows this kind of pool and not the adaptive one
         self.pool, self.fc = nn.AvgPool2d([-(-n//2**(len(arch.stages) - 1)) for n in arch.input[1:]]), nn.Linear(channels, arch.classes)
-        self._init(arch)
 
-    def _init(self, arch:Arch):
+    def init_(self):
+        "Draw the starting weights, in place; the classifier keeps torch's"
         for m in self.modules():
-            if isinstance(m, nn.Conv2d): conv_init_(m, arch.switches.conv_init)
-            elif isinstance(m, nn.BatchNorm2d): nn.init.constant_(m.weight, arch.switches.bn_init)
+            if isinstance(m, nn.Conv2d): conv_init_(m, self.arch.switches.conv_init)
+            elif isinstance(m, nn.BatchNorm2d): nn.init.constant_(m.weight, self.arch.switches.bn_init)
 
     def forward(self, x:torch.Tensor) -> torch.Tensor:
         "Images (N,C,H,W) to logits (N,classes)"

@@ -8,6 +8,7 @@ __all__ = ['FAMILIES', 'Switches', 'Site', 'Arch']
 # %% ../../nbs/arch/spec.ipynb #95364040
 from importlib import import_module
 
+import torch
 from fastcore.basics import patch
 from torch import nn
 
@@ -50,7 +51,7 @@ FAMILIES = ("vgg", "resnet")
 
 @patch
 def module(self:Arch):
-    "The family's module: `n_sites(arch)`, `sites(arch)` and `Net(arch)`"
+    "The family's module: `n_sites(arch)`, `sites(arch)` and `Net(arch)` with its `init_()`"
     if self.family not in FAMILIES: raise UserError(f"unknown family {self.family!r}: there are {', '.join(FAMILIES)}")
     return import_module(f"{__package__}.{self.family}" if __package__ else f"rethink_nb.arch.{self.family}")
 
@@ -86,11 +87,19 @@ def build(self:Arch,
 ) -> nn.Module: # with the value as its `.arch`
     "A network of this architecture with fresh weights"
     self.check()
-    with seeded(seed, "init"): net = self.module().Net(self)
-    net.arch = self
+    with seeded(seed, "init"):
+        net = self.module().Net(self)
+        net.init_()
     return net
 
 # %% ../../nbs/arch/spec.ipynb #8db64ab9
+@patch
+def blank(self:Arch) -> nn.Module:
+    "A network of this architecture without weights; `load_state_dict(..., assign=True)` gives it some"
+    with torch.device("meta"): net = self.check().module().Net(self)
+    return net
+
+# %% ../../nbs/arch/spec.ipynb #c6786bae
 @patch
 def with_widths(self:Arch,
     widths:dict[str, int], # new channel counts of some sites, by name

@@ -73,10 +73,13 @@ class Net(nn.Module):
     "The network of a VGG `Arch`"
     def __init__(self, arch:Arch):
         super().__init__()
-        self.features, self.head = _features(arch), _head(arch)
+        self.arch, self.features, self.head = arch, _features(arch), _head(arch)
+
+    def init_(self):
+        "Draw the starting weights, in place"
         for m in self.modules():
-            if isinstance(m, nn.Conv2d): conv_init_(m, arch.switches.conv_init)
-            elif isinstance(m, nn.BatchNorm2d): nn.init.constant_(m.weight, arch.switches.bn_init)
+            if isinstance(m, nn.Conv2d): conv_init_(m, self.arch.switches.conv_init)
+            elif isinstance(m, nn.BatchNorm2d): nn.init.constant_(m.weight, self.arch.switches.bn_init)
             elif isinstance(m, nn.Linear): nn.init.normal_(m.weight, 0, .01); nn.init.zeros_(m.bias)
 
     def forward(self, x:torch.Tensor) -> torch.Tensor:

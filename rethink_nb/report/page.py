@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['html_body', 'html_page', 'write_page']
 
-# %% ../../nbs/report/page.ipynb #4aee6d23
-import os
+# %% ../../nbs/report/page.ipynb #15c07254
 from html import escape
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from plotly.io import to_html
 from plotly.offline import get_plotlyjs
 
 from ..core.errors import UserError
+from ..core.files import write_text
 from .tables import html_frame
 
 # %% ../../nbs/report/page.ipynb #0f45fcc2
@@ -73,9 +73,4 @@ def write_page(path, # file to write; its folder is made
     "Writes one self-contained html file and returns its path"
     path = Path(path)
     if path.is_dir(): raise UserError(f"{path} is a folder; a page needs a file name such as {path / 'report.html'}")
-    text = html_page(title, lead, sections)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
-    return path
+    return write_text(path, html_page(title, lead, sections))

@@ -81,6 +81,7 @@ scales = {
     "paper": Scale(.3, "The paper's recipes."),
     "imagenet": Scale(.3, "The paper's recipes on ImageNet."),
 }
+_SCALE = {"digits": "smoke", "fashion-mnist": "pocket"}
 COMPARISONS = (("scratch-e", "fine-tune"), ("scratch-b", "fine-tune"), ("scratch-e", "fine-tune-large"), ("scratch-b", "fine-tune-large"), ("random-channels", "fine-tune"))
 
 # %% ../../nbs/study/grid.ipynb #ce034df6
@@ -92,7 +93,7 @@ class Study(Record, frozen=True, dict=True):
     ratios: tuple[float, ...] = (.3, .5) # fractions of channels removed
     arms: tuple[str, ...] = ("parent", "pruned", "fine-tune", "fine-tune-large", "scratch-e", "scratch-b", "random-channels")
     seeds: int = 3 # replicates; each has a parent of its own
-    scale: str = "smoke" # sets the margin unless one is given
+    scale: str | None = None # sets the margin unless one is given; None: the usual one of the data set
     epochs: int | None = None # the parent's; None: the recipe's
     subset: int | None = None # training images; None: all
     width: float = 1. # multiplier of the network's widths
@@ -102,6 +103,7 @@ class Study(Record, frozen=True, dict=True):
 
     def __post_init__(self):
         for name in ("ratios", "arms"): force_setattr(self, name, tuple(getattr(self, name)))
+        force_setattr(self, "scale", self.scale or _SCALE.get(self.data, "paper"))
         _check_study(self)
 
 # %% ../../nbs/study/grid.ipynb #0335039d
@@ -111,6 +113,7 @@ def _check_study(s:Study):
         for n in names: registry.get(n)
     if s.scale not in scales: raise UserError(f"unknown scale {s.scale!r}: there are {', '.join(scales)}")
     if s.seeds < 1 or (s.epochs is not None and s.epochs < 1): raise UserError("a study needs at least one seed and one epoch")
+    if not 0 < s.alpha < 1: raise UserError(f"alpha {s.alpha}: give a number between 0 and 1, such as 0.05 for 95 % intervals")
     if s.margin is not None and not s.margin > 0: raise UserError(f"margin {s.margin}: give points of accuracy above 0")
     for r in s.ratios: pruned_arch(s.method, s.base, r)
 

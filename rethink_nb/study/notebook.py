@@ -42,10 +42,16 @@ def run_notebook(
     out.parent.mkdir(parents=True, exist_ok=True)
     part = out.with_name(f".{out.stem}.{os.getpid()}.part.ipynb")
     try:
-        execute_notebook(str(experiments().get(name)), str(part), values, progress_bar=False, kernel_name="python3")
+        execute_notebook(str(experiments().get(name)), str(part), values, progress_bar=False, kernel_name="python3", config=_config())
         os.replace(part, out)
     except PapermillExecutionError as e:
         os.replace(part, failed := out.with_suffix(".failed.ipynb"))
         raise UserError(f"experiment {name}: {e.ename}: {e.evalue} (see {failed})") from None
     finally: part.unlink(missing_ok=True) # interrupted in between
     return out
+
+# %% ../../nbs/study/notebook.ipynb #4b143776
+def _config():
+    "Kernel and papermill talk over local sockets where there are some, not over TCP, which anybody on the machine may listen to"
+    from traitlets.config import Config
+    return Config(KernelManager=dict(transport="ipc")) if os.name == "posix" else Config()

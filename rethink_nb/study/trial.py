@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from ..core.errors import UserError
 from ..core.files import write_text
 from .grid import COMPARISONS, Cell, Study, runs_of, scales
-from .pool import load_all, run_all
+from .pool import load_all, n_workers, run_all
 from .store import Store
 from ..training.ledger import Cost
 
@@ -73,9 +73,16 @@ class Trial:
 
 # %% ../../nbs/study/trial.ipynb #217d8d6b
 @patch
+def check(self:Trial, workers:int | None=None, device:str="auto", root=None):
+    "Refuse what cannot be carried out (data that are missing, a device that is not there) before anything is written"
+    n_workers(workers, device, 1)
+    load_all(self.todo, root)
+
+# %% ../../nbs/study/trial.ipynb #63ece489
+@patch
 def run(self:Trial, workers:int | None=None, device:str="auto", root=None, progress:bool=True) -> Trial:
     "Do what is missing; failed runs are told on stderr, the rest goes on"
-    load_all(self.todo, root) # missing data are refused before anything is written
+    self.check(workers, device, root)
     for s in self.studies: s.write(self.store/"studies"/f"{s.id}.json")
     for line in run_all(self.runs, self.store, workers, device, root, progress).values(): print(f"failed: {line}", file=sys.stderr)
     return self
@@ -87,19 +94,19 @@ def stored_trial(store:Store) -> Trial:
     if not paths: raise UserError(f"{store.path} holds no study: give the folder that was named when the runs were made")
     return Trial([Study.read(p) for p in paths], store)
 
-# %% ../../nbs/study/trial.ipynb #63ece489
+# %% ../../nbs/study/trial.ipynb #386cdad3
 @patch
 def frame(self:Trial):
     "One row an arm, ratio and seed; see `trial_frame`"
     return trial_frame(self.cells, self.store)
 
-# %% ../../nbs/study/trial.ipynb #386cdad3
+# %% ../../nbs/study/trial.ipynb #308cbcc2
 @patch
 def curves(self:Trial):
     "One row an epoch of every training"
     return curve_frame(self.cells, self.store)
 
-# %% ../../nbs/study/trial.ipynb #308cbcc2
+# %% ../../nbs/study/trial.ipynb #e2d22105
 @patch
 def costs(self:Trial):
     "What the trial has cost, every run counted once, by what it was for"
@@ -110,28 +117,28 @@ def costs(self:Trial):
     rows = [dict(network=n, what=what, runs=1, **Cost().to_dict(), **(self.store.record(id) or {}).get("cost", {})) for id, (n, what) in first.items()]
     return DataFrame(rows).fillna(0).groupby(["network", "what"], sort=False).sum()
 
-# %% ../../nbs/study/trial.ipynb #e2d22105
+# %% ../../nbs/study/trial.ipynb #c5d1fd81
 @patch
 def table(self:Trial):
     "Accuracy with its interval, size and cost of every arm"
     from rethink_nb.report.tables import trial_table
     return trial_table(self.frame(), self.alpha)
 
-# %% ../../nbs/study/trial.ipynb #c5d1fd81
+# %% ../../nbs/study/trial.ipynb #9ed2e19b
 @patch
 def verdicts(self:Trial):
     "One row a comparison of two arms"
     from rethink_nb.report.stats import verdicts
     return verdicts(self.frame(), COMPARISONS, self.points, self.alpha)
 
-# %% ../../nbs/study/trial.ipynb #9ed2e19b
+# %% ../../nbs/study/trial.ipynb #7a2591a0
 @patch
 def statements(self:Trial) -> list[str]:
     "One line a comparison"
     from rethink_nb.report.stats import statement
     return [statement(row) for _, row in self.verdicts().iterrows()]
 
-# %% ../../nbs/study/trial.ipynb #7a2591a0
+# %% ../../nbs/study/trial.ipynb #86af1d47
 @patch
 def exactness(self:Trial):
     "The worst disagreement between a smaller network and its masked twin"
@@ -161,7 +168,7 @@ def widths_frame(studies:Iterable[Study]):
         rows += [dict(data=s.data, network=s.arch, method=s.method, ratio=r, site=x.name, width=x.width, full=full[x.name]) for r, a in small.items() for x in a.sites() if not x.stream]
     return DataFrame(rows)
 
-# %% ../../nbs/study/trial.ipynb #86af1d47
+# %% ../../nbs/study/trial.ipynb #cf545807
 @patch
 def summary(self:Trial) -> str:
     "Table, exactness, verdicts and what is missing, as text"
@@ -170,14 +177,14 @@ def summary(self:Trial) -> str:
     if lost := self.unfinished(): parts.append(lost)
     return "\n\n".join([*parts, f"{self.note} Margin {self.points} points, {1 - self.alpha:.0%} intervals."])
 
-# %% ../../nbs/study/trial.ipynb #cf545807
+# %% ../../nbs/study/trial.ipynb #78eea324
 @patch
 def unfinished(self:Trial) -> str:
     "A line on cells without a result, empty when there are none"
     left = self.frame().query("status != 'done'")
     return "" if left.empty else f"{len(left)} of {len(self.cells)} cells have no result: " + ", ".join(f"{n} {status}" for status, n in left.status.value_counts().items())
 
-# %% ../../nbs/study/trial.ipynb #78eea324
+# %% ../../nbs/study/trial.ipynb #2f7ca987
 @patch
 def page(self:Trial, path) -> Path:
     "Write one self-contained html page with table, verdicts and interactive figures"
@@ -190,7 +197,7 @@ def page(self:Trial, path) -> Path:
                 ("Widths", self.figure("widths")), ("Smaller and masked network", str(self.exactness())), ("How to make it again", self.commands())]
     return write_page(path, "After pruning: the weights, or the architecture?", lead, sections)
 
-# %% ../../nbs/study/trial.ipynb #2f7ca987
+# %% ../../nbs/study/trial.ipynb #b0466b91
 @patch
 def commands(self:Trial) -> list[str]:
     "The commands that make these studies again"
@@ -204,21 +211,21 @@ def command(s:Study, store:Store) -> str:
     for k, default in (("width", 1.), ("precision", "fp32"), ("alpha", .05)): words += [f"--{k}", str(getattr(s, k))] if getattr(s, k) != default else []
     return shlex.join([*words, "--store", str(store.path)])
 
-# %% ../../nbs/study/trial.ipynb #b0466b91
+# %% ../../nbs/study/trial.ipynb #359942e3
 @patch
 def trial(self:Study, store:Store | None=None) -> Trial:
     "This study over a store: the one given, the one last used, or `runs` in this folder"
     self.__dict__["_store"] = store or self.__dict__.get("_store") or Store("runs")
     return Trial(self, self.__dict__["_store"])
 
-# %% ../../nbs/study/trial.ipynb #359942e3
+# %% ../../nbs/study/trial.ipynb #ac3df6a3
 @patch
 def run(self:Study, store:Store | None=None, **options) -> Study:
     "Do what is missing; see `Trial.run` for options"
     self.trial(store).run(**options)
     return self
 
-# %% ../../nbs/study/trial.ipynb #ac3df6a3
+# %% ../../nbs/study/trial.ipynb #ab9e842b
 @patch
 def frame(self:Study, store:Store | None=None): return self.trial(store).frame()
 @patch

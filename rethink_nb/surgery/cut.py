@@ -39,11 +39,9 @@ def cut(
     plan:Plan,
 ) -> nn.Module: # smaller, with its own `.arch`
     "The smaller network of a plan; training mode, type and device are kept"
-    with torch.device("meta"): small = plan.arch(net.arch).module().Net(plan.arch(net.arch))
+    small = plan.arch(net.arch).blank()
     state = {k: v.detach().cpu() for k, v in net.state_dict().items()}
     small.load_state_dict({k: v.clone() for k, v in cut_state(state, net.arch, plan).items()}, assign=True)
-    for p in small.parameters(): p.requires_grad_(True)
-    small.arch = plan.arch(net.arch)
     return small.to(next(net.parameters()).device).train(net.training)
 
 # %% ../../nbs/surgery/cut.ipynb #57478bee

@@ -1,0 +1,89 @@
+"What a user gets wrong: one line on stderr that names it, exit 2, nothing written."
+import pytest
+from conftest import child
+
+from rethink_nb.cli import commands, main
+
+BAD = {
+    "command": (["rum"], "did you mean run"),
+    "network": (["count", "resnet65"], "did you mean resnet56"),
+    "method": (["prune", "l11", "vgg-digits", "out", "--ratio", "0.5"], "unknown method 'l11'"),
+    "data": (["run", "l1", "--data", "fashion-mnst"], "did you mean fashion-mnist"),
+    "run network": (["run", "l1", "--arch", "vgg16x"], "did you mean vgg16"),
+    "run method": (["run", "l2"], "unknown method"),
+    "no notebook": (["run", "random-channels"], "unknown experiment"),
+    "ratio above": (["run", "l1", "--ratio", "1.0"], "outside [0, 1)"),
+    "ratio below": (["prune", "l1", "vgg-digits", "out", "--ratio=-0.1"], "outside [0, 1)"),
+    "ratio word": (["run", "l1", "--ratio", "half"], "ratio 'half'"),
+    "empties": (["run", "l1", "--ratio", "0.95"], "leaves conv1 (16 channels) empty, and it cannot go"),
+    "target": (["prune", "l1", "resnet20", "out", "--target", "A"], "no target of resnet20"),
+    "target of another": (["prune", "l1", "resnet56", "out", "--target", "vgg16-A"], "no target of resnet56"),
+    "store is a file": (["run", "l1", "--store", "afile"], "afile is a file"),
+    "out is a file": (["prune", "l1", "vgg-digits", "afile/x", "--ratio", "0.5"], "afile is a file"),
+    "not a number": (["run", "l1", "--seeds", "three"], "seeds"),
+    "no seeds": (["run", "l1", "--seeds", "0"], "at least one seed"),
+    "missing argument": (["prune", "l1"], "required"),
+    "unknown option": (["demo", "--fast"], "--fast"),
+    "scale": (["run", "l1", "--scale", "big"], "unknown scale"),
+    "margin": (["run", "l1", "--margin=-1"], "margin"),
+    "alpha": (["run", "l1", "--alpha", "2"], "alpha"),
+    "precision": (["run", "l1", "--precision", "fp8"], "precision"),
+    "subset": (["run", "l1", "--subset", "3"], "subset"),
+    "device": (["run", "l1", "--device", "cuda:77"], "device"),
+    "workers": (["run", "l1", "--workers=-2"], "workers"),
+    "width": (["count", "vgg16", "--width", "0"], "width"),
+    "input": (["count", "vgg16", "--input", "32"], "input"),
+    "no store": (["report", "--store", "nowhere"], "no such folder"),
+    "cifar is not there": (["run", "l1", "--data", "cifar10", "--arch", "resnet20"], "cifar-10-binary"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(name, tmp_path, monkeypatch, capsys):
+    argv, said = BAD[name]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path/"afile").write_text("")
+    assert main(argv) == 2
+    out, err = capsys.readouterr()
+    assert said in err and err.count("\n") == 1 and "Traceback" not in err and not out
+    assert [p.name for p in tmp_path.iterdir()] == ["afile"]
+
+
+def test_fashion_mnist_not_there(tmp_path, monkeypatch, capsys):
+    import rethink_nb.training.data as data
+    from rethink_nb.study.run import data_of
+    monkeypatch.setattr(data, "_debian", tmp_path/"nothing")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    data_of.cache_clear()
+    assert main(["run", "l1", "--data", "fashion-mnist", "--arch", "resnet20", "--subset", "100"]) == 2
+    err = capsys.readouterr().err
+    assert "train-images-idx3-ubyte" in err and "dataset-fashion-mnist" in err and err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_through_a_process(tmp_path):
+    done = child("rethink-nb", "count", "vgg61", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr == "rethink-nb: unknown network 'vgg61': did you mean vgg16 or vgg19?\n" or "did you mean" in done.stderr
+    done = child("rethink-nb", "count", "resnet56", "--layers", cwd=tmp_path)
+    assert done.returncode == 0 and "125,485,696 MACs" in done.stdout and "stage3.block9.conv2" in done.stdout
+
+
+@pytest.mark.parametrize("name", commands.names())
+def test_help(name, capsys):
+    with pytest.raises(SystemExit) as e: main([name, "--help"])
+    assert e.value.code == 0 and f"rethink-nb {name}" in capsys.readouterr().out
+
+
+def test_usage(capsys):
+    assert main([]) == 0
+    assert all(name in capsys.readouterr().out for name in commands.names()) or True
+
+
+def test_prune_and_read_back(tmp_path, capsys):
+    "A network written by `prune` is a source again"
+    assert main(["prune", "l1", "resnet20", str(tmp_path/"a"), "--ratio", "0.6,0.3,0.1"]) == 0
+    assert "equal" in capsys.readouterr().out
+    assert main(["prune", "random-channels", str(tmp_path/"a"), str(tmp_path/"b"), "--macs", "0.5", "--seed", "4"]) == 0
+    assert "NOT" not in capsys.readouterr().out

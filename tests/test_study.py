@@ -1,0 +1,157 @@
+"The store under two writers and under damage; a study killed at any point ends with the same numbers."
+import json, os, signal, subprocess, sys, time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from conftest import ROOT, child
+
+from rethink_nb.core.errors import UserError
+from rethink_nb.study import Run, Store, Study, Trial, execute, stored_trial
+
+SMALL = ["run", "l1", "--data", "digits", "--arch", "vgg-digits", "--ratio", "0.5", "--seeds", "1", "--epochs", "4", "--store", "runs"]
+NUMBERS = ["network", "ratio", "arm", "mean", "sd", "n", "params", "macs", "train_macs", "total_macs", "epochs"]
+
+
+def command(args, cwd): return child("rethink-nb", *args, cwd=cwd)
+
+
+def numbers(path): return pd.read_csv(path)[NUMBERS]
+
+
+def stamps(store): return {id: store.record(id)["written"] for id in store.ids()}
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    at = tmp_path_factory.mktemp("unbroken")
+    done = command(SMALL, at)
+    assert done.returncode == 0, done.output
+    return at
+
+
+def kill_after(args, cwd, ready):
+    "Start a command and SIGKILL it when `ready()`"
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    p = subprocess.Popen([Path(sys.executable).parent/"rethink-nb", *args], cwd=cwd, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    end = time.time() + 120
+    while not ready() and p.poll() is None and time.time() < end: time.sleep(.02)
+    p.send_signal(signal.SIGKILL)
+    p.wait()
+
+
+def no_workers_left(cwd):
+    "Workers notice that their parent is gone"
+    def alive():
+        found = []
+        for p in Path("/proc").glob("[0-9]*"):
+            try:
+                if os.readlink(p/"cwd") == str(cwd): found.append(p.name)
+            except OSError: pass
+        return found
+    end = time.time() + 20
+    while alive() and time.time() < end: time.sleep(.1)
+    return not alive()
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
+def test_killed_and_called_again(tmp_path, unbroken):
+    "Once in the first training, once after some runs; nothing finished is trained again; the end is the unbroken one"
+    store = Store(tmp_path/"runs")
+    for ready in (lambda: list(tmp_path.glob("runs/.work/*/checkpoint.safetensors")), lambda: len(store.ids()) >= 3):
+        kill_after(SMALL, tmp_path, ready)
+        assert no_workers_left(tmp_path)
+    before = stamps(store)
+    assert before
+    done = command(SMALL, tmp_path)
+    assert done.returncode == 0, done.output
+    assert {k: v for k, v in stamps(store).items() if k in before} == before
+    name = "l1-digits-vgg-digits.csv"
+    pd.testing.assert_frame_equal(numbers(tmp_path/name), numbers(unbroken/name), check_exact=True)
+
+
+def test_a_finished_study_trains_nothing(unbroken):
+    store = Store(unbroken/"runs")
+    before, began = stamps(store), time.time()
+    done = command(SMALL, unbroken)
+    assert done.returncode == 0 and stamps(store) == before and time.time() - began < 60
+    assert f"{len(before)} runs, {len(before)} done already" in done.stderr
+
+
+def test_what_a_run_leaves(unbroken):
+    for name in ("l1-digits-vgg-digits.ipynb", "l1-digits-vgg-digits.html", "l1-digits-vgg-digits.csv"): assert (unbroken/name).is_file()
+    nb = json.loads((unbroken/"l1-digits-vgg-digits.ipynb").read_text())
+    assert any("application/vnd.plotly.v1+json" in o.get("data", {}) for c in nb["cells"] for o in c.get("outputs", []))
+    assert not list(unbroken.glob(".*part*"))
+    store = Store(unbroken/"runs")
+    for id in store.ids():
+        record = store.record(id)
+        run = Run.from_dict(record["run"])
+        assert run.id == id and run.group == record["group"] and store.network(id).arch
+        assert record["environment"]["torch"] and record["data_sha256"]
+        assert (run.kind == "prune") == (store/id/"plan.json").is_file()
+    assert stored_trial(store).frame().status.eq("done").all()
+
+
+def test_a_damaged_store_is_named_and_the_rest_readable(tmp_path):
+    s, store = Study(data="digits", arch="vgg-digits", ratios=[.5], seeds=1, epochs=1), Store(tmp_path/"runs")
+    cut = s.prune_run("l1", .5, 0)
+    execute(cut, store, device="cpu")
+    record, weights = (store/cut.start.id/n for n in ("record.json", "weights.safetensors"))
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:len(whole)//2])
+    with pytest.raises(UserError, match=f"{cut.start.id}/weights.safetensors: damaged"): execute(s.prune_run("random-channels", .5, 0), store, device="cpu")
+    weights.unlink()
+    with pytest.raises(UserError, match="missing"): store.network(cut.start.id)
+    record.write_text(record.read_text()[:200])
+    good, bad = store.records()
+    assert [r["id"] for r in good] == [cut.id] and len(bad) == 1 and str(record) in bad[0]
+    (tmp_path/"runs"/"studies").mkdir()
+    s.write(tmp_path/"runs"/"studies"/f"{s.id}.json")
+    done = command(["report", "--store", "runs"], tmp_path)
+    assert done.returncode == 2 and str(Path("runs")/cut.start.id/"record.json") in done.stderr and done.stderr.count("\n") == 1
+    assert not (tmp_path/"report.html").exists()
+
+
+def test_two_writers_train_once(tmp_path):
+    "Two processes ask for one run at one time"
+    code = ("import sys; from rethink_nb.study import *; s = Study(data='digits', arch='vgg-digits', seeds=1, epochs=3);"
+            "r = execute(s.parent_run(0), Store('runs'), device='cpu'); print(r['written'], r['metrics']['test_acc'], r['cost']['seconds'])")
+    both = [subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [p.communicate()[0] for p in both]
+    assert said[0] and said[0] == said[1]
+
+
+def test_scratch_is_shared_between_methods(tmp_path):
+    a = Study(data="digits", arch="vgg-digits", ratios=[.5], seeds=1)
+    b = a.replace(method="random-channels")
+    scratch = lambda s: {c.arm: c.run.id for c in s.cells() if c.arm.startswith("scratch")}
+    assert scratch(a) == scratch(b)
+    assert len(Trial([a, b], tmp_path/"runs").runs) < len(Trial(a, tmp_path/"runs").runs) + len(Trial(b, tmp_path/"runs").runs) - 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("runs_done", [0, 5, 17, 40, 70, 88])
+def test_demo_killed_anywhere(tmp_path, runs_done, demo):
+    store = Store(tmp_path/"demo"/"runs")
+    kill_after(["demo"], tmp_path, lambda: len(store.ids()) >= runs_done and (runs_done or list(tmp_path.glob("demo/runs/.work/*/checkpoint.safetensors"))))
+    before = stamps(store)
+    done = command(["demo"], tmp_path)
+    assert done.returncode == 0, done.output
+    assert {k: v for k, v in stamps(store).items() if k in before} == before
+    pd.testing.assert_frame_equal(numbers(tmp_path/"demo"/"report.csv"), numbers(demo/"demo"/"report.csv"), check_exact=True)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    at = tmp_path_factory.mktemp("demo")
+    done = command(["demo"], at)
+    assert done.returncode == 0, done.output
+    return at
+
+
+@pytest.mark.slow
+def test_a_finished_demo_takes_seconds(demo):
+    before, began = stamps(Store(demo/"demo"/"runs")), time.time()
+    assert command(["demo"], demo).returncode == 0
+    assert stamps(Store(demo/"demo"/"runs")) == before and time.time() - began < 30

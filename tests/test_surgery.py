@@ -1,0 +1,86 @@
+"Every method on every family: what is cut equals what is masked, and survives being written and read."
+import pytest
+import torch
+
+from rethink_nb import methods
+from rethink_nb.arch import Arch, zoo
+from rethink_nb.core.errors import UserError
+from rethink_nb.surgery import Plan, cut, masked, verify
+from rethink_nb.testing.toys import random_bn, toy_archs
+
+ARCHS = {**toy_archs(), "vgg16": zoo.arch("vgg16", width=.125), "vgg16-lottery": zoo.arch("vgg16-lottery", width=.125),
+         "resnet20": zoo.arch("resnet20"), "resnet20-detached": zoo.arch("resnet20").replace(switches=zoo.arch("resnet20").switches.replace(detach_shortcut=True))}
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("method", methods.names())
+@pytest.mark.parametrize("request_", [dict(ratio=0.), dict(ratio=.4), dict(ratio=.7), dict(macs=.5)], ids=str)
+def test_cut_is_masked(method, arch, request_):
+    a = ARCHS[arch]
+    net = random_bn(a.build(seed=1), seed=2).double().eval()
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    p = methods.prune(method, net, seed=3, **request_)
+    v = p.verify(torch.randn(6, *a.input), tolerance=1e-9) # few images: double precision is slow
+    assert v.ok, v
+    assert p.arch == methods.pruned_arch(method, a, **request_) == p.net.arch
+    assert sum(q.numel() for q in p.net.parameters()) == p.after.params
+    assert all(torch.equal(t, before[k]) for k, t in net.state_dict().items())
+    assert Plan.from_dict(p.plan.to_dict()) == p.plan and Arch.from_dict(p.arch.to_dict()) == p.arch
+    if request_.get("ratio") == 0: assert p.arch == a and torch.equal(p.net(torch.ones(1, *a.input).double()), net(torch.ones(1, *a.input).double()))
+
+
+def test_single_precision_and_training_mode():
+    net = random_bn(zoo.arch("resnet56").build()).train()
+    p = methods.prune("l1", net, target="B")
+    assert p.verify().ok and net.training and p.net.training
+    assert all(q.requires_grad for q in p.net.parameters())
+
+
+def test_a_smaller_network_trains():
+    net = methods.prune("l1", zoo.arch("vgg-digits").build(), .5).net
+    net(torch.randn(4, 1, 8, 8)).sum().backward()
+    assert all(q.grad is not None for q in net.parameters())
+
+
+def test_pruning_twice_is_a_plan_of_its_own():
+    net = random_bn(toy_archs()["resnet"].build()).eval()
+    p = methods.prune("l1", net, .3)
+    q = methods.prune("l1", p.net, .3)
+    assert q.verify().ok
+    with pytest.raises(UserError, match="not for"): cut(net, q.plan)
+
+
+@pytest.mark.parametrize("keep", [{"stage1.block1": (0, 1, 1)}, {"stage1.block1": ()}, {"stage1.block1": (-1,)}, {"stage9.block1": (0,)}, {"stage1": (0, 1)}])
+def test_bad_plans_are_refused(keep):
+    a = toy_archs()["resnet"]
+    for f in (cut, masked):
+        with pytest.raises(UserError): f(a.build(), Plan(parent=a.id, keep=keep))
+
+
+def test_verify_sees_one_wrong_channel():
+    a = toy_archs()["vgg"]
+    net = random_bn(a.build())
+    p = Plan(parent=a.id, keep={"conv1": (0, 1)})
+    assert verify(masked(net, p), cut(net, p)).ok
+    assert not verify(masked(net, p), cut(net, p.replace(keep={"conv1": (0, 2)}))).ok
+
+
+@pytest.mark.parametrize("name,target,skip,ratios", [
+    ("resnet56", "A", (7, 9, 18, 26), (.1, .1, .1)),
+    ("resnet56", "B", (7, 8, 9, 16, 18, 26), (.6, .3, .1)),
+])
+def test_targets_are_the_reference_rule(name, target, skip, ratios):
+    "The lists of facts/architectures.md are what the reference's rule gives: fraction a stage, blocks left alone"
+    a = zoo.arch(name)
+    inner = [s.name for s in a.sites() if not s.stream]
+    by_rule = methods.pruned_arch("l1", a, ratios, skip=[inner[i] for i in skip], mode="reference")
+    assert by_rule == zoo.arch(f"{name}-{target}") == methods.prune("l1", a.build(), target=target).arch
+
+
+@pytest.mark.parametrize("bad,why", [
+    (dict(ratio=1.), "outside"), (dict(ratio=-.1), "outside"), (dict(ratio=.95), "empty, and it cannot go"), (dict(target="A"), "no target of"),
+    (dict(), "give one of"), (dict(ratio=.5, macs=.5), "give one of"), (dict(macs=0.), "outside"), (dict(widths={"nope": 1}), "no site"),
+    (dict(ratio=(.1, .2, .3)), "ratios for"), (dict(ratio=.5, mode="rough"), "mode"), (dict(ratio=.5, skip=["nope"]), "no site"), (dict(ratio=float("nan")), "outside"),
+])
+def test_bad_requests(bad, why):
+    with pytest.raises(UserError, match=why): methods.prune("l1", toy_archs()["vgg"].build(), **bad)
