@@ -26,7 +26,7 @@ class _Bars:
     def __init__(self, total:int, store:Store, on:bool):
         off = not on or not (sys.stderr.isatty() or "ipykernel" in sys.modules)
         self.store, self.study = store, tqdm(total=total, desc="study", unit="run", disable=off)
-        self.epoch = tqdm(total=1, desc="training", unit="epoch", leave=False, disable=off)
+        self.epoch = tqdm(total=1, desc="training", leave=False, disable=off, bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} epochs{postfix}")
     def look(self, running:Iterable[Run]):
         rows = [r for r in map(self._read, running) if r]
         if rows and not self.epoch.disable:

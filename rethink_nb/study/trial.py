@@ -192,12 +192,19 @@ def summary(self:Trial) -> str:
 
 # %% ../../nbs/study/trial.ipynb #2f7ca987
 @patch
+def reading(self:Trial) -> str:
+    "What was run and what came out, as Markdown"
+    lists = ["\n".join(f"- {line}" for line in lines) for lines in (self.setup(), self.statements())]
+    return "\n\n".join([*lists, f"*{self.note} Margin {self.points} points, {1 - self.alpha:.0%} intervals.*", f"{self.exactness()}. {self.unfinished()}"])
+
+# %% ../../nbs/study/trial.ipynb #b0466b91
+@patch
 def unfinished(self:Trial) -> str:
     "A line on cells without a result, empty when there are none"
     left = self.frame().query("status != 'done'")
     return "" if left.empty else f"{len(left)} of {len(self.cells)} cells have no result: " + ", ".join(f"{n} {status}" for status, n in left.status.value_counts().items())
 
-# %% ../../nbs/study/trial.ipynb #b0466b91
+# %% ../../nbs/study/trial.ipynb #359942e3
 @patch
 def page(self:Trial, path) -> Path:
     "Write one self-contained html page with table, verdicts and interactive figures"
@@ -209,7 +216,7 @@ def page(self:Trial, path) -> Path:
                 ("Widths", self.figure("widths")), ("Smaller and masked network", str(self.exactness())), ("How to make it again", self.commands())]
     return write_page(path, "After pruning: the weights, or the architecture?", lead, sections)
 
-# %% ../../nbs/study/trial.ipynb #359942e3
+# %% ../../nbs/study/trial.ipynb #ac3df6a3
 @patch
 def commands(self:Trial) -> list[str]:
     "The commands that make these studies again"
@@ -223,21 +230,21 @@ def command(s:Study, store:Store) -> str:
     for k, default in (("width", 1.), ("precision", "fp32"), ("alpha", .05)): words += [f"--{k}", str(getattr(s, k))] if getattr(s, k) != default else []
     return shlex.join([*words, "--store", str(store.path)])
 
-# %% ../../nbs/study/trial.ipynb #ac3df6a3
+# %% ../../nbs/study/trial.ipynb #ab9e842b
 @patch
 def trial(self:Study, store:Store | None=None) -> Trial:
     "This study over a store: the one given, the one last used, or `runs` in this folder"
     self.__dict__["_store"] = store or self.__dict__.get("_store") or Store("runs")
     return Trial(self, self.__dict__["_store"])
 
-# %% ../../nbs/study/trial.ipynb #ab9e842b
+# %% ../../nbs/study/trial.ipynb #a468f70e
 @patch
 def run(self:Study, store:Store | None=None, **options) -> Study:
     "Do what is missing; see `Trial.run` for options"
     self.trial(store).run(**options)
     return self
 
-# %% ../../nbs/study/trial.ipynb #a468f70e
+# %% ../../nbs/study/trial.ipynb #692dcd3c
 @patch
 def frame(self:Study, store:Store | None=None): return self.trial(store).frame()
 @patch
