@@ -137,12 +137,13 @@ def _trial(studies:list, out:Path, store, root, device, workers, method:str, ste
     page = trial.page(out/f"{stem}.html")
     table = write_text(out/f"{stem}.csv", trial.table().to_csv(index=False))
     print(trial.summary(), f"\npage      {page}\nnotebook  {notebook}\ntable     {table}\nruns      {trial.store.path}", sep="\n")
+    return 1 if trial.unfinished() else None # runs failed: told above
 
 # %% ../nbs/cli.ipynb #eb362060
 @command
 @call_parse
 def run(
-    method:str, # a method that has an experiment notebook; see `rethink-nb methods`
+    method:str, # a method that has an experiment notebook
     data:str="digits", # data set
     arch:str="vgg-digits", # network
     ratio:str="0.3,0.5", # fractions of channels removed, separated by commas
@@ -168,7 +169,7 @@ def run(
     s = Study(data=data, arch=arch, method=method, ratios=numbers if isinstance(numbers, list) else [numbers], seeds=seeds, scale=scale or None, epochs=epochs or None,
               subset=subset or None, width=width, precision=precision, margin=margin or None, alpha=alpha)
     experiments().get(method)
-    _trial([s], folder(out, "out"), store, root, device, workers, method, f"{method}-{data}-{arch}")
+    return _trial([s], folder(out, "out"), store, root, device, workers, method, f"{method}-{data}-{arch}")
 
 # %% ../nbs/cli.ipynb #5ab6ec59
 @command
@@ -182,8 +183,9 @@ def demo(
     from rethink_nb.study.grid import Study
     began, at = time.time(), folder(out, "out")
     studies = [Study(data="digits", arch=a, method="l1", ratios=[.3, .5], seeds=3) for a in ("vgg-digits", "resnet8-digits")]
-    _trial(studies, at, at/"runs", "", "cpu", workers, "l1", "report")
+    code = _trial(studies, at, at/"runs", "", "cpu", workers, "l1", "report")
     print(f"{time.time() - began:.0f} s")
+    return code
 
 # %% ../nbs/cli.ipynb #5baa226e
 @command
@@ -194,11 +196,11 @@ def report(
 ):
     "Write the page of all studies in a store, and print their answer"
     from rethink_nb.study.store import Store
-    from rethink_nb.study.trial import stored_trial
+    from rethink_nb.study.trial import stored_trials, write_page_of
     if not Path(store).is_dir(): raise UserError(f"store {store}: no such folder")
-    trial = stored_trial(Store(store))
-    page = trial.page(out or Path(store).parent/"report.html")
-    print(trial.summary(), f"\npage      {page}", sep="\n")
+    trials = stored_trials(Store(store))
+    page = write_page_of(trials, out or Path(store).parent/"report.html")
+    print(*(t.summary() for t in trials), f"page      {page}", sep="\n\n")
 
 # %% ../nbs/cli.ipynb #7e59b7c2
 def main(argv:list[str] | None=None) -> int: # exit code
@@ -208,8 +210,9 @@ def main(argv:list[str] | None=None) -> int: # exit code
     if argv[0] == "--version": from rethink_nb import __version__; print(__version__); return 0
     try: return _call(argv[0], argv[1:])
     except UserError as e: print(f"rethink-nb: {e}", file=sys.stderr); return 2
-    except KeyboardInterrupt: print("\nrethink-nb: interrupted; the same command goes on from here", file=sys.stderr); return 130
     except BrokenPipeError: return 1 # the reader, `head` say, has gone
+    except OSError as e: print(f"rethink-nb: {e}", file=sys.stderr); return 2
+    except KeyboardInterrupt: print("\nrethink-nb: interrupted; the same command goes on from here", file=sys.stderr); return 130
 
 # %% ../nbs/cli.ipynb #286f1317
 def _call(name:str, argv:list[str]) -> int:
@@ -220,8 +223,7 @@ def _call(name:str, argv:list[str]) -> int:
     parser.error = refuse
     args = vars(parser.parse_args(argv))
     for extra in ("pdb", "xtra"): args.pop(extra, None)
-    func(**args)
-    return 0
+    return func(**args) or 0
 
 # %% ../nbs/cli.ipynb #02239df2
 def usage() -> str:

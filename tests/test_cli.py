@@ -65,7 +65,8 @@ def test_fashion_mnist_not_there(tmp_path, monkeypatch, capsys):
 
 def test_through_a_process(tmp_path):
     done = child("rethink-nb", "count", "vgg61", cwd=tmp_path)
-    assert (done.returncode, done.stdout) == (2, "") and done.stderr == "rethink-nb: unknown network 'vgg61': did you mean vgg16 or vgg19?\n" or "did you mean" in done.stderr
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("rethink-nb: unknown network 'vgg61': did you mean vgg16") and done.stderr.count("\n") == 1
     done = child("rethink-nb", "count", "resnet56", "--layers", cwd=tmp_path)
     assert done.returncode == 0 and "125,485,696 MACs" in done.stdout and "stage3.block9.conv2" in done.stdout
 
@@ -78,7 +79,8 @@ def test_help(name, capsys):
 
 def test_usage(capsys):
     assert main([]) == 0
-    assert all(name in capsys.readouterr().out for name in commands.names()) or True
+    out = capsys.readouterr().out
+    assert all(f"  {name} " in out for name in ("demo", "methods", "archs", "count", "prune", "run", "report"))
 
 
 def test_prune_and_read_back(tmp_path, capsys):

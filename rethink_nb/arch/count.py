@@ -14,6 +14,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from .spec import Arch
+from ..core.mode import evaluating
 
 # %% ../../nbs/arch/count.ipynb #3afa6fe2
 def module_cost(m:nn.Module, x:torch.Tensor, y:torch.Tensor) -> tuple[int, int, int]:
@@ -64,12 +65,10 @@ def count(
         rows.append((name, type(m).__name__, tuple(y.shape[1:]), *cost[:2], sum(p.numel() for p in m.parameters())))
     leaves = [(k, m) for k, m in net.named_modules() if not list(m.children())]
     hooks = [m.register_forward_hook(lambda m, a, y, k=k: note(m, a, y, k)) for k, m in leaves]
-    was, _ = net.training, net.eval()
     try:
-        with torch.no_grad(): net(torch.zeros(1, *input, device=device, dtype=next(net.parameters()).dtype))
+        with evaluating(net), torch.no_grad(): net(torch.zeros(1, *input, device=device, dtype=next(net.parameters()).dtype))
     finally:
         for h in hooks: h.remove()
-        net.train(was)
     return Count(total[0], total[1], sum(p.numel() for p in net.parameters()), total[2], tuple(rows))
 
 # %% ../../nbs/arch/count.ipynb #e1bfafd6

@@ -17,13 +17,16 @@ class Callback:
     def prepare(self, net:nn.Module):
         "Before the optimiser is made; may change the network in place"
     def param_groups(self, net:nn.Module) -> list[dict] | None:
-        "Own optimiser groups, or None for no opinion"
+        "Own optimiser groups, or None for no opinion; an entry `lr_scale` multiplies the recipe's rate for its group"
     def after_backward(self, net:nn.Module):
         "Gradients are there, no step was taken"
     def after_step(self, net:nn.Module, lr:float):
         "The optimiser has stepped with learning rate `lr`"
     def epoch_end(self, net:nn.Module, epoch:int):
         "An epoch (1-based) is over, before it is evaluated"
+    def key(self) -> str:
+        "What tells it from other callbacks, so that a checkpoint is not taken up by a training with another one"
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in sorted(vars(self).items()) if isinstance(v, (str, int, float, tuple)))})"
     def state_dict(self) -> dict[str, torch.Tensor]:
         "What a resumed training needs to go on bit by bit"
         return {}

@@ -30,5 +30,5 @@ class seeded:
     def __init__(self, seed:int, *labels): self.seed = stream(seed, *labels)
     def __enter__(self):
         self.state = torch.get_rng_state()
-        torch.manual_seed(self.seed)
+        torch.default_generator.manual_seed(self.seed) # torch.manual_seed would also move every GPU's stream
     def __exit__(self, *exc): torch.set_rng_state(self.state)

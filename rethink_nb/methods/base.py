@@ -56,7 +56,7 @@ def kept_of(
     mode:str="exact", # "exact", or "reference": the bare float product, floored
 ) -> int: # channels that stay
     "How many of `channels` stay when a fraction goes"
-    if not 0 <= ratio < 1: raise UserError(f"ratio {ratio} is outside [0, 1): give the fraction of channels to remove")
+    if isinstance(ratio, (str, bool)) or not 0 <= ratio < 1: raise UserError(f"ratio {ratio} is outside [0, 1): give the fraction of channels to remove")
     if mode not in ("exact", "reference"): raise UserError(f"mode {mode!r}: give 'exact' or 'reference'")
     return floor(channels*(1 - ratio) + (1e-9 if mode == "exact" else 0))
 
@@ -119,6 +119,7 @@ def kept_counts(
     if target is not None: return target_widths(arch, target)
     if macs is not None: return uniform_counts(arch, round(_fraction(macs)*arch.count().macs))
     for name, n in widths.items():
+        if arch.site(name).stream: raise UserError(f"{name} is a residual stream, which cannot be cut; give widths of the blocks' inner sites")
         if n > arch.site(name).width: raise UserError(f"{name} has {arch.site(name).width} channels: {n} cannot stay")
     return {s.name: widths.get(s.name, s.width) for s in inner_sites(arch)}
 
@@ -168,7 +169,7 @@ def prune(
     if "batches" in m.needs and batches is None: raise UserError(f"{method} needs data: give batches")
     counts = m.reshape(arch, kept_counts(arch, ratio, **request))
     keep, scores = m.choose(net, counts, batches=batches, seed=seed)
-    asked = {k: v for k, v in dict(ratio=ratio, **request).items() if isinstance(v, (str, int, float))}
+    asked = {k: list(v) if isinstance(v, (tuple, set)) else v for k, v in dict(ratio=ratio, **request).items() if v is not None}
     plan = Plan(parent=arch.id, keep=keep, scores=scores, method=method, version=m.version, options={**asked, "seed": seed})
     small = cut(net, plan)
     return Pruned(small, small.arch, None, {k: v.detach().clone() for k, v in net.state_dict().items()}, plan, arch, arch.count(), small.arch.count())

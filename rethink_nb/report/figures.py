@@ -49,7 +49,7 @@ def _panelled(frame, ratio=True):
     if frame.empty: raise UserError("nothing to draw: the frame holds no row for this figure")
     frame = frame.sort_values(["network", "method", "ratio"], kind="stable")
     net = frame.network + " on " + frame["data"] if "data" in frame else frame.network
-    return frame.assign(net=net, cut=frame.method + frame.ratio.map(" {:.0%} removed".format) if ratio else frame.method)
+    return frame.assign(net=net, cut=frame.method + (100*frame.ratio).map(" {:.3g}% removed".format) if ratio else frame.method)
 
 # %% ../../nbs/report/figures.ipynb #684394eb
 def _options(frame, height=300):

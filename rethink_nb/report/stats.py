@@ -163,7 +163,7 @@ def statement(row, # a row of `verdicts`
     known = not pd.isna(row["lo"])
     numbers = f"{row['difference']:+.{d}f}" + (f" [{row['lo']:+.{d}f}, {row['hi']:+.{d}f}]" if known else "")
     within = f" within {row['margin']:.{d}f} {unit}" if row["verdict"] in ("equivalent", "undecided") else ""
-    return (f"{row['network']}, {row['method']} {row['ratio']:.0%}: {row['arm_a']} vs {row['arm_b']}: "
+    return (f"{row['network']}, {row['method']} {100*row['ratio']:.3g}%: {row['arm_a']} vs {row['arm_b']}: "
             f"{row['verdict']}{within} ({numbers}, {n}){_wish(row)}")
 
 # %% ../../nbs/report/stats.ipynb #f922f366
@@ -197,4 +197,4 @@ def exactness(frame, # the trial frame
     if nets.empty: return Exactness(np.nan, 0, "", False)
     error = nets.max_error / nets.scale
     worst = nets.loc[error.idxmax()]
-    return Exactness(float(error.max()), len(nets), f"{worst.network}, {worst.method} {worst.ratio:.0%}", bool(error.max() <= tol))
+    return Exactness(float(error.max()), len(nets), f"{worst.network}, {worst.method} {100*worst.ratio:.3g}%", bool(error.max() <= tol))

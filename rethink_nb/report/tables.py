@@ -64,7 +64,7 @@ def shown(table, # of `trial_table`
     def fixed(x, digits=2): return "-" if pd.isna(x) else f"{x:.{digits}f}"
     span = ["-" if pd.isna(lo) else f"[{lo:.2f}, {hi:.2f}]" for lo, hi in zip(table.lo, table.hi)]
     return pd.DataFrame({
-        "network": table.network, "data": table["data"], "method": table.method, "removed": table.ratio.map("{:.0%}".format),
+        "network": table.network, "data": table["data"], "method": table.method, "removed": (100*table.ratio).map("{:.3g}%".format),
         "arm": table.arm, "acc %": table["mean"].map(fixed), "sd": table.sd.map(fixed), "n": table.n.astype(str), "interval": span,
         "params": table.params.map(human), "MACs": table.macs.map(human), "train": table.train_macs.map(human),
         "from zero": table.total_macs.map(human), "epochs": table.epochs.map("{:.3g}".format)})

@@ -3,4 +3,4 @@ from .grid import Run, Study
 from .pool import run_all
 from .run import execute
 from .store import Store
-from .trial import Trial, stored_trial
+from .trial import Trial, stored_trials

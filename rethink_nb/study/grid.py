@@ -15,7 +15,7 @@ from ..arch.spec import Arch
 from ..arch.zoo import arch as zoo_arch
 from ..arch.zoo import networks
 from ..core.errors import UserError
-from ..core.record import Record
+from ..core.record import Record, check_types
 from ..methods.all import methods
 from ..methods.base import pruned_arch
 from ..training.arms import Arm, arms
@@ -39,7 +39,7 @@ class Run(Record, frozen=True):
     recipe: Recipe | None = None # train
     method: str = "" # prune
     version: int = 0 # prune: of the method
-    request: dict[str, float | int | str] = {} # prune: what was asked of the method
+    request: dict[str, float | dict[str, int]] = {} # prune: what was asked of the method: a ratio, or widths by site
     start: "Run | None" = None # whose network it starts from; None: fresh weights
     seed: int = 0 # of its own choices: initial weights, order, augmentation, drawn channels
 
@@ -102,7 +102,8 @@ class Study(Record, frozen=True, dict=True):
     alpha: float = .05 # intervals cover 1 - alpha
 
     def __post_init__(self):
-        for name in ("ratios", "arms"): force_setattr(self, name, tuple(getattr(self, name)))
+        if isinstance(self.ratios, (int, float)): force_setattr(self, "ratios", (self.ratios,))
+        check_types(self)
         force_setattr(self, "scale", self.scale or _SCALE.get(self.data, "paper"))
         _check_study(self)
 
@@ -111,6 +112,9 @@ def _check_study(s:Study):
     "Refuse what cannot run, by name"
     for registry, names in ((datasets, [s.data]), (networks, [s.arch]), (methods, [s.method]), (arms, s.arms)):
         for n in names: registry.get(n)
+    for what in ("ratios", "arms"):
+        if not getattr(s, what): raise UserError(f"a study needs {what}")
+        if len(set(getattr(s, what))) < len(getattr(s, what)): raise UserError(f"{what} {', '.join(map(str, getattr(s, what)))}: one stands twice")
     if s.scale not in scales: raise UserError(f"unknown scale {s.scale!r}: there are {', '.join(scales)}")
     if s.seeds < 1 or (s.epochs is not None and s.epochs < 1): raise UserError("a study needs at least one seed and one epoch")
     if not 0 < s.alpha < 1: raise UserError(f"alpha {s.alpha}: give a number between 0 and 1, such as 0.05 for 95 % intervals")
@@ -132,6 +136,14 @@ def recipe(self:Study) -> Recipe:
     return recipe_of(self.data, precision=self.precision, **changes)
 
 # %% ../../nbs/study/grid.ipynb #0f452142
+@patch(as_prop=True)
+def network(self:Study) -> str:
+    "The network's name, with what is unusual about its training"
+    extra = [f"width x{self.width:g}" if self.width != 1 else "", f"{self.epochs} epochs" if self.epochs else "",
+             f"{self.subset:,} images" if self.subset else "", self.precision if self.precision != "fp32" else ""]
+    return ", ".join([self.arch, *filter(None, extra)])
+
+# %% ../../nbs/study/grid.ipynb #c2679327
 @patch(as_prop=True)
 def points(self:Study) -> float:
     "The margin in points of accuracy"
@@ -160,7 +172,9 @@ def parent_run(self:Study, seed:int) -> Run:
 def prune_run(self:Study, method:str, ratio:float, seed:int) -> Run:
     "The pruning of a parent"
     parent = self.parent_run(seed)
-    return Run(kind="prune", data=parent.data, arch=parent.arch, method=method, version=methods.get(method).version, request={"ratio": ratio}, start=parent, seed=seed)
+    # a control is asked for the very widths of the method under trial
+    request = {"ratio": ratio} if method == self.method else {"widths": {s.name: s.width for s in pruned_arch(self.method, self.base, ratio).sites() if not s.stream}}
+    return Run(kind="prune", data=parent.data, arch=parent.arch, method=method, version=methods.get(method).version, request=request, start=parent, seed=seed)
 
 # %% ../../nbs/study/grid.ipynb #280cfe78
 @patch
@@ -176,9 +190,9 @@ def arm_run(self:Study, arm:Arm, ratio:float, seed:int) -> Run:
 # %% ../../nbs/study/grid.ipynb #2093a5ec
 @patch
 def cells(self:Study) -> list[Cell]:
-    "Every arm at every ratio and seed; the parent once a seed"
-    own = [(arms.get(a), ratio, s) for s in range(self.seeds) for a in self.arms for ratio in ((0.,) if arms.get(a).start == "none" else self.ratios)]
-    return [Cell(self.data, self.arch, self.method, ratio, a.name, s, self.arm_run(a, ratio, s)) for a, ratio, s in own]
+    "Every arm at every ratio and seed; the parent once a seed; a method is no control of itself"
+    own = [(arms.get(a), ratio, s) for s in range(self.seeds) for a in self.arms if arms.get(a).start != self.method for ratio in ((0.,) if arms.get(a).start == "none" else self.ratios)]
+    return [Cell(self.data, self.network, self.method, ratio, a.name, s, self.arm_run(a, ratio, s)) for a, ratio, s in own]
 
 # %% ../../nbs/study/grid.ipynb #250b294f
 def runs_of(cells:list[Cell]) -> list[Run]:

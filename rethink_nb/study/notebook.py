@@ -8,6 +8,7 @@ __all__ = ['experiments', 'parameters', 'run_notebook']
 # %% ../../nbs/study/notebook.ipynb #3101233f
 import logging, os
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import rethink_nb
 from ..core.errors import UserError
@@ -42,7 +43,8 @@ def run_notebook(
     out.parent.mkdir(parents=True, exist_ok=True)
     part = out.with_name(f".{out.stem}.{os.getpid()}.part.ipynb")
     try:
-        execute_notebook(str(experiments().get(name)), str(part), values, progress_bar=False, kernel_name="python3", config=_config())
+        with TemporaryDirectory() as private: # where the kernel's sockets lie
+            execute_notebook(str(experiments().get(name)), str(part), values, progress_bar=False, kernel_name="python3", config=_config(private))
         os.replace(part, out)
     except PapermillExecutionError as e:
         os.replace(part, failed := out.with_suffix(".failed.ipynb"))
@@ -50,8 +52,8 @@ def run_notebook(
     finally: part.unlink(missing_ok=True) # interrupted in between
     return out
 
-# %% ../../nbs/study/notebook.ipynb #4b143776
-def _config():
+# %% ../../nbs/study/notebook.ipynb #3a9f8f5e
+def _config(private:str):
     "Kernel and papermill talk over local sockets where there are some, not over TCP, which anybody on the machine may listen to"
     from traitlets.config import Config
-    return Config(KernelManager=dict(transport="ipc")) if os.name == "posix" else Config()
+    return Config(KernelManager=dict(transport="ipc", ip=f"{private}/kernel")) if os.name == "posix" else Config()

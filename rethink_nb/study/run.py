@@ -7,6 +7,7 @@ __all__ = ['data_of', 'execute', 'start_worker', 'work']
 
 # %% ../../nbs/study/run.ipynb #4148f848
 import json, os, signal, threading, time
+from contextlib import nullcontext
 from functools import lru_cache
 from multiprocessing import connection, parent_process
 from pathlib import Path
@@ -18,9 +19,10 @@ from ..core.files import write_text
 from ..methods.base import prune
 from .grid import DataRef, Run
 from .store import Store
+from ..surgery.cut import fresh
 from ..training.data import Data, load_data
 from ..training.ledger import Cost
-from ..training.loop import evaluate, pick_device, train
+from ..training.loop import evaluate, one_thread, pick_device, train
 
 # %% ../../nbs/study/run.ipynb #6ac37f77
 @lru_cache(maxsize=2)
@@ -38,33 +40,33 @@ def execute(
     if store.done(run): return store.record(run.id)
     if run.start:
         before = execute(run.start, store, device, root)
-        if before["status"] != "done": return store.fail(run, f"it starts from {run.start.id}, which failed: {before['error']}")
-    data = data_of(run.data, root)
-    with store.lock(run):
+        if before["status"] != "done": return dict(id=run.id, status="failed", error=f"it starts from {run.start.id}, which failed: {before['error']}")
+    data, device = data_of(run.data, root), pick_device(device)
+    with store.lock(run), one_thread() if device.type == "cpu" else nullcontext():
         if store.done(run): return store.record(run.id) # another process was quicker
         store.work(run).mkdir(parents=True, exist_ok=True)
         return (_train if run.kind == "train" else _prune)(run, store, data, device)
 
-# %% ../../nbs/study/run.ipynb #15342c43
-def _train(run:Run, store:Store, data:Data, device:str) -> dict:
-    net = store.network(run.start.id) if run.start else run.arch.build(run.seed)
+# %% ../../nbs/study/run.ipynb #84a754e8
+def _train(run:Run, store:Store, data:Data, device:torch.device) -> dict:
+    net = store.network(run.start.id) if run.start else fresh(run.arch, seed=run.seed)
+    if net.arch != run.arch: raise RuntimeError(f"run {run.id}: its start has another architecture than was planned")
     at = store.work(run)
     tell = lambda row: write_text(at/"progress.json", json.dumps(dict(label=run.label, epochs=run.recipe.epochs, **row)))
-    try: h = train(net, data, run.recipe, seed=run.seed, device=device, checkpoint=at/"checkpoint.safetensors", report=tell)
-    except UserError as e: return store.fail(run, str(e)) # it diverged
-    return store.finish(run, net, h.final, h.cost.to_dict(), curve=h.curve, data_sha256=data.checksum)
+    try: h = train(net, data, run.recipe, seed=run.seed, device=str(device), checkpoint=at/"checkpoint.safetensors", report=tell)
+    except UserError as e: return store.fail(run, str(e), str(device)) # it diverged
+    return store.finish(run, net, h.final, h.cost.to_dict(), curve=h.curve, device=str(device), data_sha256=data.checksum)
 
-# %% ../../nbs/study/run.ipynb #cfaaa1d1
-def _prune(run:Run, store:Store, data:Data, device:str) -> dict:
+# %% ../../nbs/study/run.ipynb #58c29bf9
+def _prune(run:Run, store:Store, data:Data, device:torch.device) -> dict:
     began = time.perf_counter()
     p = prune(run.method, store.network(run.start.id), seed=run.seed, **run.request)
     verdict, seconds = p.verify(), time.perf_counter() - began
     if not verdict.ok: raise RuntimeError(f"run {run.id}: the smaller network is not the masked one ({verdict})")
-    device = pick_device(device)
-    net, data = p.net.to(device), data.to(device)
-    scores = {f"{k}_{m}": v for k in ("test", "val") for m, v in zip(("loss", "acc"), evaluate(net, data.splits[k], data))}
+    net, data, precision = p.net.to(device, memory_format=torch.channels_last), data.to(device), run.lineage()[0].recipe.precision
+    scores = {f"{k}_{m}": v for k in ("test", "val") for m, v in zip(("loss", "acc"), evaluate(net, data.splits[k], data, precision=precision))}
     return store.finish(run, net, scores, Cost(seconds=seconds).to_dict(), files={"plan.json": json.dumps(p.plan.to_dict())},
-                        exactness=dict(max_error=verdict.max_error, scale=verdict.scale), data_sha256=data.checksum)
+                        exactness=dict(max_error=verdict.max_error, scale=verdict.scale), device=str(device), data_sha256=data.checksum)
 
 # %% ../../nbs/study/run.ipynb #73372ee9
 def start_worker():
@@ -81,4 +83,6 @@ def work(run:Run, path:Path, device:str, root) -> tuple[str, str, str]:
     "What a worker does: (id, status, error)"
     try: record = execute(run, Store(path), device, root)
     except UserError as e: return run.id, "refused", str(e)
+    except Exception as e: # a full disk, no memory on the GPU: this run is lost, the others go on
+        return run.id, "failed", f"{type(e).__name__}: {e}"
     return run.id, record["status"], record.get("error", "")

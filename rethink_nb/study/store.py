@@ -116,11 +116,13 @@ def lock(self:Store, run:Run) -> FileLock:
     path.parent.mkdir(parents=True, exist_ok=True)
     return FileLock(path)
 
-# %% ../../nbs/study/store.ipynb #245c470c
-def environment() -> dict:
+# %% ../../nbs/study/store.ipynb #236424ee
+def environment(
+    device:str="cpu", # that was used
+) -> dict:
     "What a result may depend on besides its record"
     return dict(python=platform.python_version(), torch=torch.__version__, machine=platform.machine(), system=platform.system(),
-                cpu=torch.backends.cpu.get_cpu_capability(), cuda=torch.cuda.get_device_name() if torch.cuda.is_available() else None)
+                cpu=torch.backends.cpu.get_cpu_capability(), device=torch.cuda.get_device_name(device) if device.startswith("cuda") else device)
 
 # %% ../../nbs/study/store.ipynb #03e5ce5c
 @patch
@@ -131,6 +133,7 @@ def finish(self:Store,
     cost:dict, # from a `Cost`
     curve=None, # DataFrame, a row an epoch
     files:dict[str, str] | None=None, # more text files by name
+    device:str="cpu", # that was used
     **more, # further entries of the record
 ) -> dict: # the record
     "Put a finished run in place; with the same folder there already, the new one stays"
@@ -142,27 +145,28 @@ def finish(self:Store,
     for name, text in (files or {}).items(): write_text(at/name, text)
     c = net.arch.count()
     return self._place(run, dict(status="done", metrics=metrics, cost=cost, params=c.params, macs=c.macs, flops=c.flops,
-                                 weights_sha256=hashlib.sha256(data).hexdigest(), **more))
+                                 weights_sha256=hashlib.sha256(data).hexdigest(), **more), device)
 
 # %% ../../nbs/study/store.ipynb #859b6f9f
 @patch
-def fail(self:Store, run:Run, error:str) -> dict:
+def fail(self:Store, run:Run, error:str, device:str="cpu") -> dict:
     "Keep the record of a run that ended badly; asked for again, it is tried again"
-    return self._place(run, dict(status="failed", error=error))
+    return self._place(run, dict(status="failed", error=error), device)
 
 # %% ../../nbs/study/store.ipynb #e4191d5b
 @patch
-def _place(self:Store, run:Run, content:dict) -> dict:
+def _place(self:Store, run:Run, content:dict, device:str) -> dict:
     "Write the record and rename the work folder into place"
-    record = dict(id=run.id, group=run.group, start=run.start.id if run.start else "", run=run.to_dict(), **content, environment=environment(),
+    record = dict(id=run.id, group=run.group, start=run.start.id if run.start else "", run=run.to_dict(), **content, environment=environment(device),
                   version=__version__, written=datetime.now(timezone.utc).isoformat(timespec="seconds"))
     at, end = self.work(run), self/run.id
-    for scrap in ("checkpoint.safetensors", "progress.json"): (at/scrap).unlink(missing_ok=True)
     write_text(at/"record.json", json.dumps(record, indent=1) + "\n")
     if end.exists(): # a failed try, or a folder whose record was lost
         old = self/".work"/f"{run.id}.old"
         shutil.rmtree(old, ignore_errors=True)
         os.replace(end, old)
     os.replace(at, end)
+    # only now: a training that is killed before the rename must find its last checkpoint
+    for scrap in ("checkpoint.safetensors", "progress.json"): (end/scrap).unlink(missing_ok=True)
     shutil.rmtree(self/".work"/f"{run.id}.old", ignore_errors=True)
     return record

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..arch.spec import Arch
+from ..core.errors import UserError
 from .plan import Plan
 
 # %% ../../nbs/surgery/cut.ipynb #de83c1df
@@ -47,7 +48,9 @@ def cut(
 # %% ../../nbs/surgery/cut.ipynb #57478bee
 def fresh(
     arch:Arch, # the pruned architecture
+    masks:dict | None=None, # of unstructured methods, which are not there yet
     seed:int=0,
 ) -> nn.Module:
     "The same architecture with random weights: where Scratch-E and Scratch-B start"
+    if masks is not None: raise UserError("fresh: weight masks belong to unstructured methods, which are not there yet")
     return arch.build(seed)

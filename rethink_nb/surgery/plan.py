@@ -5,7 +5,9 @@
 # %% auto #0
 __all__ = ['Plan']
 
-# %% ../../nbs/surgery/plan.ipynb #9468101b
+# %% ../../nbs/surgery/plan.ipynb #75680339
+from typing import Any
+
 from fastcore.basics import patch
 
 from ..arch.spec import Arch
@@ -19,7 +21,7 @@ class Plan(Record, frozen=True):
     keep: dict[str, tuple[int, ...]] # kept channel indices by site, ascending; sites not named keep all
     method: str = "" # name of the method
     version: int = 1 # version of the method's code
-    options: dict[str, str | int | float | bool | None] = {} # how it was asked
+    options: dict[str, Any] = {} # how it was asked
     scores: dict[str, tuple[float, ...]] = {} # the score of every channel by site, where the method has scores
 
 # %% ../../nbs/surgery/plan.ipynb #4de851f5
@@ -40,9 +42,3 @@ def check(self:Plan, arch:Arch) -> "Plan":
 def arch(self:Plan, parent:Arch) -> Arch:
     "The pruned architecture"
     return parent.with_widths({name: len(kept) for name, kept in self.check(parent).keep.items()})
-
-# %% ../../nbs/surgery/plan.ipynb #e11684b4
-@patch
-def kept(self:Plan, parent:Arch) -> dict[str, tuple[int, ...]]:
-    "Kept indices of every site, also of those that the plan does not name"
-    return {s.name: self.keep.get(s.name, tuple(range(s.width))) for s in parent.sites()}

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ..core.mode import evaluating
 from ..core.seed import generator
 
 # %% ../../nbs/surgery/verify.ipynb #6fcc913a
@@ -36,7 +37,6 @@ def verify(
     "Compare the logits of two networks in evaluation mode, never under autocast"
     p = next(a.parameters())
     if x is None: x = torch.randn(64, *a.arch.input, generator=generator(0, "verify"))
-    x, modes = x.to(p), [m.training for m in (a, b)]
-    with torch.autocast(p.device.type, enabled=False): ya, yb = a.eval()(x), b.eval()(x)
-    for m, was in zip((a, b), modes): m.train(was)
+    x = x.to(p)
+    with evaluating(a, b), torch.autocast(p.device.type, enabled=False): ya, yb = a(x), b(x)
     return Verdict((ya - yb).abs().max().item(), max(ya.abs().max().item(), yb.abs().max().item()), tolerance)

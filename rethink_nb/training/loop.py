@@ -6,8 +6,8 @@
 __all__ = ['pick_device', 'one_thread', 'evaluate', 'batches', 'train_epoch', 'optimiser', 'save_checkpoint', 'load_checkpoint',
            'History', 'train']
 
-# %% ../../nbs/training/loop.ipynb #4bb831a9
-import json, time
+# %% ../../nbs/training/loop.ipynb #18ca9b39
+import hashlib, json, time
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from ..core.errors import UserError
 from ..core.events import Callback, call_all
 from ..core.files import write_bytes
+from ..core.mode import evaluating
 from ..core.record import content_id
 from ..core.seed import generator
 from .data import Data, Split, batch
@@ -54,13 +55,12 @@ def evaluate(
     precision:str="fp32",
 ) -> tuple[float, float]: # mean cross-entropy, accuracy in percent; NaN for an empty split
     "Mean loss and accuracy; the network's mode is restored"
-    was, loss, right, n = net.training, 0., 0, len(split)
-    net.eval()
-    for at in torch.arange(n, device=split.labels.device).split(size):
-        with _autocast(split.labels.device, precision): logits = net(batch(split.images, at, data))
-        loss += F.cross_entropy(logits.float(), split.labels[at], reduction="sum")
-        right += (logits.argmax(1) == split.labels[at]).sum()
-    net.train(was)
+    loss, right, n = 0., 0, len(split)
+    with evaluating(net), _autocast(split.labels.device, precision):
+        for at in torch.arange(n, device=split.labels.device).split(size):
+            logits = net(batch(split.images, at, data).contiguous(memory_format=torch.channels_last))
+            loss += F.cross_entropy(logits.float(), split.labels[at], reduction="sum")
+            right += (logits.argmax(1) == split.labels[at]).sum()
     return (float(loss)/n, 100*int(right)/n) if n else (float("nan"), float("nan"))
 
 # %% ../../nbs/training/loop.ipynb #c471be55
@@ -160,7 +160,7 @@ def train(
     data = data.to(device)
     call_all(callbacks, "prepare", net)
     opt = optimiser(net, r, callbacks)
-    key = content_id([net.arch.to_dict(), r.to_dict(), data.checksum, seed, len(callbacks)])
+    key = content_id([net.arch.id, r.id, data.checksum, seed, device.type, [cb.key() for cb in callbacks], _digest(net)])
     with one_thread() if device.type == "cpu" else _nothing():
         rows = load_checkpoint(checkpoint, net, opt, callbacks, key) if checkpoint else []
         for epoch in range(len(rows) + 1, r.epochs + 1):
@@ -168,6 +168,13 @@ def train(
             if checkpoint: save_checkpoint(checkpoint, net, opt, callbacks, key, rows)
             if report: report(rows[-1])
         return _history(net, data, r, rows)
+
+# %% ../../nbs/training/loop.ipynb #1e8b141d
+def _digest(net:nn.Module) -> str:
+    "SHA-256 of the weights that a training starts from"
+    digest = hashlib.sha256()
+    for v in net.state_dict().values(): digest.update(v.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 # %% ../../nbs/training/loop.ipynb #028e10be
 @contextmanager

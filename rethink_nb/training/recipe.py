@@ -11,7 +11,7 @@ from math import cos, floor, pi
 from fastcore.basics import patch
 
 from ..core.errors import UserError
-from ..core.record import Record
+from ..core.record import Record, check_types
 from ..core.registry import Registry
 
 # %% ../../nbs/training/recipe.ipynb #98ff2f35
@@ -30,6 +30,7 @@ class Recipe(Record, frozen=True):
     precision: str = "fp32" # "fp32", or "bf16" autocast
 
     def __post_init__(self):
+        check_types(self)
         if self.epochs < 0 or self.batch < 1 or not self.lr > 0: raise UserError(f"a recipe needs epochs >= 0, batch >= 1, lr > 0: {self.epochs}, {self.batch}, {self.lr} given")
         if self.schedule not in ("steps", "constant", "cosine"): raise UserError(f"schedule {self.schedule!r}: give 'steps', 'constant' or 'cosine'")
         if self.precision not in ("fp32", "bf16"): raise UserError(f"precision {self.precision!r}: give 'fp32' or 'bf16'")
