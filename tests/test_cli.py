@@ -66,7 +66,7 @@ def test_fashion_mnist_not_there(tmp_path, monkeypatch, capsys):
 def test_through_a_process(tmp_path):
     done = child("rethink-nb", "count", "vgg61", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("rethink-nb: unknown network 'vgg61': did you mean vgg16") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("rethink-nb: unknown network 'vgg61': did you mean vgg") and done.stderr.count("\n") == 1
     done = child("rethink-nb", "count", "resnet56", "--layers", cwd=tmp_path)
     assert done.returncode == 0 and "125,485,696 MACs" in done.stdout and "stage3.block9.conv2" in done.stdout
 

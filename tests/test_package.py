@@ -53,9 +53,10 @@ def test_install_outside_the_checkout(wheel, tmp_path):
 
 
 def test_command_of_the_install_starts(wheel, tmp_path):
-    if not (ROOT / "rethink_nb" / "cli.py").exists(): pytest.skip("no cli yet")
     target = tmp_path / "site"
     done = child("python", "-m", "pip", "install", "--disable-pip-version-check", "--quiet", "--no-deps", "--target", target, wheel, cwd=tmp_path, path=target)
     assert done.returncode == 0, done.output
     done = child("python", target / "bin" / "rethink-nb", "--help", cwd=tmp_path, path=target)
     assert done.returncode == 0 and "demo" in done.output, done.output
+    where = child("python", "-c", "from rethink_nb.study.notebook import experiments; print(experiments().get('l1'))", cwd=tmp_path, path=target)
+    assert where.stdout.startswith(str(target)), where.output
