@@ -5,7 +5,9 @@
 # %% auto #0
 __all__ = ['arm_looks', 'fig_curves', 'fig_arms', 'fig_accuracy_cost', 'fig_widths']
 
-# %% ../../nbs/report/figures.ipynb #f2871647
+# %% ../../nbs/report/figures.ipynb #9ca80db3
+from textwrap import wrap
+
 import pandas as pd
 import plotly.express as px
 import plotly.graph_objects as go
@@ -49,6 +51,7 @@ def _panelled(frame, ratio=True):
     if frame.empty: raise UserError("nothing to draw: the frame holds no row for this figure")
     frame = frame.sort_values(["network", "method", "ratio"], kind="stable")
     net = frame.network + " on " + frame["data"] if "data" in frame else frame.network
+    net = net.map(lambda words: "<br>".join(wrap(words, 34, break_on_hyphens=False)))  # a row title as long as its row is high
     return frame.assign(net=net, cut=frame.method + (100*frame.ratio).map(" {:.3g}% removed".format) if ratio else frame.method)
 
 # %% ../../nbs/report/figures.ipynb #684394eb
@@ -71,7 +74,8 @@ def _finish(fig, title, legend="arm (click to switch)"):
         for axis, own, first in zip(axes, (t.xaxis, t.yaxis), row): axis.matches = None if own == first else first
     fig.update_xaxes(showticklabels=True)
     fig.for_each_annotation(lambda a: a.update(text=f"<b>{a.text.split('=', 1)[-1]}</b>", font_size=14))
-    return fig.update_layout(title=title, legend_title=dict(text=legend, font_size=13))
+    lines = max((a.text.count("<br>") for a in fig.layout.annotations), default=0)
+    return fig.update_layout(title=title, legend=dict(title=dict(text=legend, font_size=13), x=1.02 + .02*lines))
 
 # %% ../../nbs/report/figures.ipynb #be80638b
 def _over_seeds(frame, x, y):
