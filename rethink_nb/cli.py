@@ -128,6 +128,7 @@ def _trial(studies:list, out:Path, store, root, device, workers, method:str, ste
     trial = Trial(studies, store)
     options = dict(workers=workers or None, device=device, root=root or None)
     trial.check(**options)
+    out.mkdir(parents=True, exist_ok=True) # a folder that cannot be made is told now, not after hours of training
     print(f"{len(trial.runs)} runs, {len(trial.runs) - len(trial.todo)} done already", file=sys.stderr)
     trial.run(**options)
     s = studies[0]

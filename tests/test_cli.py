@@ -33,6 +33,10 @@ BAD = {
     "workers": (["run", "l1", "--workers=-2"], "workers"),
     "width": (["count", "vgg16", "--width", "0"], "width"),
     "input": (["count", "vgg16", "--input", "32"], "input"),
+    "classes": (["count", "vgg16", "--classes", "0"], "0 classes"),
+    "small input": (["count", "vgg16", "--input", "3x8x8"], "at least 16x16"),
+    "nan": (["run", "l1", "--ratio", "nan"], "outside [0, 1)"),
+    "out cannot be made": (["run", "l1", "--out", "/proc/nothing"], "/proc/nothing"),
     "no store": (["report", "--store", "nowhere"], "no such folder"),
     "cifar is not there": (["run", "l1", "--data", "cifar10", "--arch", "resnet20"], "cifar-10-binary"),
 }

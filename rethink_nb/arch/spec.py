@@ -51,7 +51,7 @@ FAMILIES = ("vgg", "resnet")
 
 @patch
 def module(self:Arch):
-    "The family's module: `n_sites(arch)`, `sites(arch)` and `Net(arch)` with its `init_()`"
+    "The family's module: `n_sites(arch)`, `sites(arch)`, `least_side(arch)` and `Net(arch)` with its `init_()`"
     if self.family not in FAMILIES: raise UserError(f"unknown family {self.family!r}: there are {', '.join(FAMILIES)}")
     return import_module(f"{__package__}.{self.family}" if __package__ else f"rethink_nb.arch.{self.family}")
 
@@ -76,6 +76,9 @@ def site(self:Arch, name:str) -> Site:
 @patch
 def check(self:Arch) -> Arch:
     "The same value, or a refusal that names what cannot work"
+    if self.classes < 1: raise UserError(f"{self.classes} classes: a classifier needs at least one")
+    least = self.module().least_side(self)
+    if min(self.input) < 1 or min(self.input[1:]) < least: raise UserError(f"input {'x'.join(map(str, self.input))}: this {self.family} needs images of at least {least}x{least}")
     for s in self.sites():
         if s.width < 1: raise UserError(f"{s.name} would have {s.width} channels: a {self.family} needs at least one there")
     return self
