@@ -88,8 +88,10 @@ def prune(
     from rethink_nb.methods.base import prune
     methods.get(method)
     at, (net, said) = folder(out, "out"), _source(source)
+    if (at/"record.json").exists(): raise UserError(f"{at} is a run of a store, which stays as it is: name another folder")
     p = prune(method, net, _ratio(ratio), target=target or None, macs=macs, seed=seed)
     verdict = p.verify()
+    if not verdict.ok: raise UserError(f"nothing written: the smaller network is not the masked one ({verdict}); are the weights of {source} finite?")
     _write_pruned(p, at)
     print(said, p, verdict, f"written to {at}", sep="\n")
 
@@ -137,7 +139,8 @@ def _trial(studies:list, out:Path, store, root, device, workers, method:str, ste
                             store=str(trial.store.path.resolve()), root=root or "", device=device, workers=workers or 0)
     page = trial.page(out/f"{stem}.html")
     table = write_text(out/f"{stem}.csv", trial.table().to_csv(index=False))
-    print(trial.summary(), f"\npage      {page}\nnotebook  {notebook}\ntable     {table}\nruns      {trial.store.path}", sep="\n")
+    each = write_text(out/f"{stem}-runs.csv", trial.frame().to_csv(index=False))
+    print(trial.summary(), f"\npage      {page}\nnotebook  {notebook}\ntable     {table}\neach run  {each}\nstore     {trial.store.path}", sep="\n")
     return 1 if trial.unfinished() else None # runs failed: told above
 
 # %% ../nbs/cli.ipynb #eb362060
@@ -199,6 +202,7 @@ def report(
     from rethink_nb.study.store import Store
     from rethink_nb.study.trial import stored_trials, write_page_of
     if not Path(store).is_dir(): raise UserError(f"store {store}: no such folder")
+    if out and not out.endswith(".html"): raise UserError(f"out {out}: give a file name that ends in .html")
     trials = stored_trials(Store(store))
     page = write_page_of(trials, out or Path(store).parent/"report.html")
     print(*(t.summary() for t in trials), f"page      {page}", sep="\n\n")

@@ -37,6 +37,10 @@ BAD = {
     "small input": (["count", "vgg16", "--input", "3x8x8"], "at least 16x16"),
     "nan": (["run", "l1", "--ratio", "nan"], "outside [0, 1)"),
     "out cannot be made": (["run", "l1", "--out", "/proc/nothing"], "/proc/nothing"),
+    "nothing removed": (["run", "l1", "--ratio", "0"], "removes nothing"),
+    "wide": (["run", "l1", "--width", "inf"], "width inf"),
+    "many seeds": (["run", "l1", "--seeds", "100000000000000000000"], "at most 1,000 seeds"),
+    "out is no page": (["report", "--store", ".", "--out", "afile"], "ends in .html"),
     "no store": (["report", "--store", "nowhere"], "no such folder"),
     "cifar is not there": (["run", "l1", "--data", "cifar10", "--arch", "resnet20"], "cifar-10-binary"),
 }
@@ -93,3 +97,22 @@ def test_prune_and_read_back(tmp_path, capsys):
     assert "equal" in capsys.readouterr().out
     assert main(["prune", "random-channels", str(tmp_path/"a"), str(tmp_path/"b"), "--macs", "0.5", "--seed", "4"]) == 0
     assert "NOT" not in capsys.readouterr().out
+
+
+def test_prune_leaves_runs_and_nonsense_alone(tmp_path, capsys):
+    "A run of a store is no place to write to, and weights that are not finite make no network"
+    import torch
+    from safetensors.torch import load_file, save_file
+    from rethink_nb.study import Store, Study, execute
+    run, store = Study(data="digits", arch="vgg-digits", ratios=[.5], seeds=1, epochs=1).parent_run(0), Store(tmp_path/"runs")
+    execute(run, store, device="cpu")
+    at, before = store/run.id, (store/run.id/"weights.safetensors").read_bytes()
+    assert main(["prune", "l1", str(at), str(at), "--ratio", "0.5"]) == 2
+    assert "is a run of a store" in capsys.readouterr().err and (at/"weights.safetensors").read_bytes() == before
+    assert main(["prune", "l1", str(at), str(tmp_path/"a"), "--ratio", "0.3"]) == 0
+    weights = load_file(tmp_path/"a"/"weights.safetensors")
+    weights["features.conv1.weight"][0] = torch.nan
+    save_file(weights, tmp_path/"a"/"weights.safetensors")
+    capsys.readouterr()
+    assert main(["prune", "l1", str(tmp_path/"a"), str(tmp_path/"b"), "--ratio", "0.3"]) == 2
+    assert "nothing written" in capsys.readouterr().err and not (tmp_path/"b").exists()

@@ -130,7 +130,7 @@ def test_what_a_run_leaves(unbroken):
     for name in ("l1-digits-vgg-digits.ipynb", "l1-digits-vgg-digits.html", "l1-digits-vgg-digits.csv"): assert (unbroken/name).is_file()
     nb = json.loads((unbroken/"l1-digits-vgg-digits.ipynb").read_text())
     assert any("application/vnd.plotly.v1+json" in o.get("data", {}) for c in nb["cells"] for o in c.get("outputs", []))
-    assert sorted(p.name for p in unbroken.iterdir()) == ["l1-digits-vgg-digits.csv", "l1-digits-vgg-digits.html", "l1-digits-vgg-digits.ipynb", "runs"]
+    assert sorted(p.name for p in unbroken.iterdir()) == ["l1-digits-vgg-digits-runs.csv", "l1-digits-vgg-digits.csv", "l1-digits-vgg-digits.html", "l1-digits-vgg-digits.ipynb", "runs"]
     store = Store(unbroken/"runs")
     for id in store.ids():
         record = store.record(id)

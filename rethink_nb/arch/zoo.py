@@ -18,7 +18,7 @@ networks = Registry("network")
 # %% ../../nbs/arch/zoo.ipynb #dbab9387
 def _scaled(widths, by:float) -> tuple[int, ...]:
     "Every width times `by`, at least one"
-    if not by > 0: raise UserError(f"width {by}: give a multiplier above 0")
+    if not 0 < by <= 64: raise UserError(f"width {by}: give a multiplier above 0 and up to 64")
     return tuple(max(1, int(w*by + .5)) for w in widths)
 
 # %% ../../nbs/arch/zoo.ipynb #aab8e232

@@ -37,7 +37,7 @@ def register(self:Registry, name:str, value:Any) -> Any:
 @patch
 def get(self:Registry, name:str) -> Any:
     "The value of `name`; an unknown name is answered with the nearest ones"
-    if name in self.items: return self.items[name]
+    if isinstance(name, str) and name in self.items: return self.items[name]
     near = get_close_matches(str(name), self.items, n=3)
     hint = f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(self.items)}"
     raise UserError(f"unknown {self.kind} {str(name)!r}: {hint}")

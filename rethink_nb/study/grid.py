@@ -116,10 +116,13 @@ def _check_study(s:Study):
         if not getattr(s, what): raise UserError(f"a study needs {what}")
         if len(set(getattr(s, what))) < len(getattr(s, what)): raise UserError(f"{what} {', '.join(map(str, getattr(s, what)))}: one stands twice")
     if s.scale not in scales: raise UserError(f"unknown scale {s.scale!r}: there are {', '.join(scales)}")
-    if s.seeds < 1 or (s.epochs is not None and s.epochs < 1): raise UserError("a study needs at least one seed and one epoch")
+    if not 1 <= s.seeds <= 1000 or not 1 <= (s.epochs or s.recipe.epochs) <= 100_000 or s.epochs == 0:
+        raise UserError("a study needs at least one seed and one epoch (and at most 1,000 seeds, 100,000 epochs)")
     if not 0 < s.alpha < 1: raise UserError(f"alpha {s.alpha}: give a number between 0 and 1, such as 0.05 for 95 % intervals")
-    if s.margin is not None and not s.margin > 0: raise UserError(f"margin {s.margin}: give points of accuracy above 0")
-    for r in s.ratios: pruned_arch(s.method, s.base, r)
+    if s.margin is not None and not 0 < s.margin <= 100: raise UserError(f"margin {s.margin}: give points of accuracy above 0")
+    s.base.check()
+    for r in s.ratios:
+        if pruned_arch(s.method, s.base, r) == s.base: raise UserError(f"ratio {r} removes nothing from {s.arch}: give a larger one")
 
 # %% ../../nbs/study/grid.ipynb #cd098e24
 @patch(as_prop=True)

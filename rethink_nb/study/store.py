@@ -42,7 +42,8 @@ def record(self:Store, id:str) -> dict | None:
     path = self/id/"record.json"
     if not path.is_file(): return None
     found = read_json(path)
-    if not isinstance(found, dict) or found.get("id") != id: raise UserError(f"{path}: damaged: not the record of run {id}; remove the folder {path.parent} to have it run again")
+    if not isinstance(found, dict) or "id" not in found: raise UserError(f"{path}: damaged: not a record; remove the folder {path.parent} to have it run again")
+    if found["id"] != id: raise UserError(f"{path}: the record of run {found['id']}: the folder was copied or renamed; give it that name")
     return found
 
 # %% ../../nbs/study/store.ipynb #da0d6ff3

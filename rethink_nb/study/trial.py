@@ -18,6 +18,7 @@ from ..core.errors import UserError
 from .grid import COMPARISONS, Cell, Study, runs_of, scales
 from .pool import load_all, n_workers, run_all
 from .store import Store
+from ..training.arms import arms
 from ..training.ledger import Cost
 
 # %% ../../nbs/study/trial.ipynb #2085d529
@@ -220,7 +221,11 @@ def unfinished(self:Trial) -> str:
 def sections(self:Trial) -> list[tuple]:
     "Headings and bodies of its page"
     from rethink_nb.report.tables import shown
-    return [("What was run", [*self.setup(), self.caution()]), ("Verdicts", self.statements()), ("Accuracy of every arm", self.figure("arms")),
+    used = dict.fromkeys(c.arm for c in self.cells)
+    how = [*(f"{a}: {arms.get(a).title}" for a in used), "train: multiply-accumulates of the arm's own training; from zero: with those of the parent it hangs on",
+           "verdict: equivalent where the whole interval of the difference lies within the margin, better or worse where it does not and excludes 0, else undecided; "
+           "n=3 pairs: both arms of a pair hang on one parent; n=3+3: they do not"]
+    return [("What was run", [*self.setup(), self.caution()]), ("How to read this", how), ("Verdicts", self.statements()), ("Accuracy of every arm", self.figure("arms")),
             ("Every arm", [shown(self.table()), *filter(None, [self.unfinished()])]), ("Accuracy over training", self.figure("curves")),
             ("Accuracy against what it cost from nothing", self.figure("cost")), ("Widths", self.figure("widths")),
             ("Smaller and masked network", str(self.exactness())), ("How to make it again", self.commands())]
