@@ -74,7 +74,9 @@ def test_ctrl_c_stops_at_once(tmp_path):
     "A long training is not waited for, no worker stays, the same command goes on"
     long = [*SMALL[:-2], "--store", "runs"]
     long[long.index("--epochs") + 1] = "4000"
-    p = subprocess.Popen([Path(sys.executable).parent/"rethink-nb", *long], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True)
+    # a test run in the background of a shell ignores SIGINT, and so would its children
+    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    p = subprocess.Popen([Path(sys.executable).parent/"rethink-nb", *long], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
     end = time.time() + 60
     while not list(tmp_path.glob("runs/.work/*/checkpoint.safetensors")) and time.time() < end: time.sleep(.05)
     p.send_signal(signal.SIGINT)

@@ -102,7 +102,13 @@ def names() -> list[str]:
 # %% ../../nbs/arch/zoo.ipynb #d756e875
 def name_of(a:Arch) -> str | None:
     "The zoo's name of an architecture, whatever its data; None when it has none"
-    return next((n for n, make in networks.items.items() if make(classes=a.classes, input=a.input) == a), None)
+    return next((n for n, make in networks.items.items() if _same(make, a)), None)
+
+# %% ../../nbs/arch/zoo.ipynb #37d5203d
+def _same(make, a:Arch) -> bool:
+    "Whether a builder gives this value; one that cannot work on the image size does not"
+    try: return make(classes=a.classes, input=a.input) == a
+    except UserError: return False
 
 # %% ../../nbs/arch/zoo.ipynb #6ea1e772
 def target_widths(
