@@ -49,18 +49,39 @@ def archs():
 @command
 @call_parse
 def count(
-    arch:str, # a network or target; see `rethink-nb archs`
+    arch:str, # a network or target (see `rethink-nb archs`), or the folder of a saved network
     classes:int=10, # outputs
     input:str="", # channels x height x width, such as 3x32x32; empty: the network's own
     width:float=1., # multiplier of all widths
     layers:bool=False, # a line a layer as well
+    sites:bool=False, # the coupling table as well: what must shrink with what
+    measure:bool=False, # time it on this machine, and find its memory, as well
 ):
-    "Count parameters, MACs and reference FLOPs of one image"
-    from rethink_nb.arch import count, zoo # noqa: F401
-    shape = _shape(input)
-    c = zoo.arch(arch, classes=classes, input=shape, width=width).count()
+    "Count parameters, MACs and reference FLOPs of one image; of a saved network also what is not zero"
+    from rethink_nb.arch import zoo
+    from rethink_nb.arch.count import count as cost_of
+    from rethink_nb.arch.effective import effective
+    net = None if not Path(arch).is_dir() else _source(arch)[0]
+    a = net.arch if net else zoo.arch(arch, classes=classes, input=_shape(input), width=width)
+    c = cost_of(net, a.input) if net else a.count()
     if layers: print(c.layers.to_string(index=False), "\n")
+    if sites: _print_sites(a)
     print(f"{arch}: {c.params:,} parameters, {c.macs:,} MACs (multiply-accumulates of convolutions and linear layers), {c.flops:,} FLOPs (the reference's convention: 2 a MAC, and bias, batch norm, ReLU, pooling)")
+    if net: print(effective(net))
+    if measure: _print_measures(net or a.build())
+
+# %% ../nbs/cli.ipynb #cebd3c96
+def _print_sites(a):
+    import rethink_nb.surgery.frames # noqa: F401 (gives Arch its coupling table)
+    from rethink_nb.report.networks import coupling_table
+    print(coupling_table(a.coupling()).to_string(index=False), "\n")
+
+# %% ../nbs/cli.ipynb #20bcc89b
+def _print_measures(net):
+    "Latency and memory at batch 1 and 64"
+    from rethink_nb.arch.measure import latency, peak_memory
+    for batch in (1, 64):
+        print(f"batch {batch}: {latency(net, batch)}; activations at most {peak_memory(net, batch)/2**20:,.1f} MiB, in training {peak_memory(net, batch, training=True)/2**20:,.1f} MiB")
 
 # %% ../nbs/cli.ipynb #6cfcfa85
 def _shape(text:str) -> tuple[int, int, int] | None:
@@ -76,10 +97,11 @@ def _shape(text:str) -> tuple[int, int, int] | None:
 def prune(
     method:str, # see `rethink-nb methods`
     source:str, # a run folder (with arch.json and weights.safetensors), or a network's name for random weights
-    out:str, # folder for arch.json, weights.safetensors and plan.json
+    out:str, # folder for arch.json, weights.safetensors, plan.json and summary.html
     ratio:str="", # fraction of channels removed, or one a stage, separated by commas
     target:str="", # instead: a target of the paper, such as A
     macs:float=None, # instead: fraction of the MACs that stays
+    multiple:int=1, # round what is kept up to a multiple of this
     seed:int=0, # for methods that draw at random
 ):
     "Prune a network and write the smaller one, checked against the masked one"
@@ -89,11 +111,10 @@ def prune(
     methods.get(method)
     at, (net, said) = folder(out, "out"), _source(source)
     if (at/"record.json").exists(): raise UserError(f"{at} is a run of a store, which stays as it is: name another folder")
-    p = prune(method, net, _ratio(ratio), target=target or None, macs=macs, seed=seed)
-    verdict = p.verify()
-    if not verdict.ok: raise UserError(f"nothing written: the smaller network is not the masked one ({verdict}); are the weights of {source} finite?")
-    _write_pruned(p, at)
-    print(said, p, verdict, f"written to {at}", sep="\n")
+    p = prune(method, net, _ratio(ratio), target=target or None, macs=macs, seed=seed, **(dict(multiple=multiple) if multiple != 1 else {}))
+    p.save(at, page=False)
+    page = p.page(at/"summary.html", note=f"From {said}.")
+    print(said, p, p.verify(), f"written to {at}; a page on it: {page}", sep="\n")
 
 # %% ../nbs/cli.ipynb #0db62e1b
 def _ratio(text:str):
@@ -106,20 +127,13 @@ def _ratio(text:str):
 def _source(source:str) -> tuple:
     "The network in a run folder, or of a name with random weights; and a word on which"
     from rethink_nb.arch import zoo
-    from rethink_nb.study.store import Store, read_network
+    from rethink_nb.study.store import Store
+    from rethink_nb.surgery.saved import load
     if not Path(source).is_dir():
         return zoo.arch(source).build(seed=0), f"{source} with random weights"
     folder = Path(source).resolve()
-    if not (folder/"record.json").is_file(): return read_network(folder), f"the network in {folder}"
+    if not (folder/"record.json").is_file(): return load(folder), f"the network in {folder}"
     return Store(folder.parent).network(folder.name), f"the network of run {folder.name}"
-
-# %% ../nbs/cli.ipynb #e76088e6
-def _write_pruned(p, at:Path):
-    from safetensors.torch import save
-    from rethink_nb.core.files import write_bytes
-    p.arch.write(at/"arch.json")
-    p.plan.write(at/"plan.json")
-    write_bytes(at/"weights.safetensors", save({k: v.detach().cpu().contiguous() for k, v in p.net.state_dict().items()}))
 
 # %% ../nbs/cli.ipynb #612f1547
 def _trial(studies:list, out:Path, store, root, device, workers, method:str, stem:str):

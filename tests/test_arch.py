@@ -7,10 +7,12 @@ from rethink_nb.arch import Arch, zoo
 from rethink_nb.arch.count import count
 from rethink_nb.training import recipe, scratch_b
 
-#        name          params      MACs         reference FLOPs
+#        name             params      MACs         reference FLOPs
 PINNED = {
-    "vgg16":       (14_987_722, 313_463_808, 627_880_970),
-    "resnet56":    (853_018,    125_485_696, 252_572_938),
+    "vgg16":         (14_987_722, 313_463_808, 627_880_970),
+    "resnet56":      (853_018,    125_485_696, 252_572_938),
+    "preresnet164":  (1_703_258,  247_646_720, 504_759_306), # MACs and FLOPs: the table; parameters: 1.71 M of the reference less its selection indices
+    "densenet40":    (1_059_298,  282_917_328, 573_052_330),
     "vgg16-A":     (5_397_034,  206_279_680, 413_364_234),
     "resnet56-A":  (773_336,    112_435_840, 226_390_090),
     "resnet56-B":  (735_712,    90_907_264,  183_137_866),
@@ -53,9 +55,69 @@ def test_a_count_leaves_the_network_alone():
     assert not any(m._forward_hooks for m in net.modules())
 
 
-@pytest.mark.parametrize("base,target,epochs", [("vgg16", "vgg16-A", 243), ("resnet56", "resnet56-A", 178), ("resnet56", "resnet56-B", 220)])
-def test_scratch_b_epochs_of_the_reference(base, target, epochs):
-    assert scratch_b(recipe("cifar"), zoo.arch(base).count().flops/zoo.arch(target).count().flops).epochs == epochs
+# the CIFAR rows of facts/architectures.md: base over pruned FLOPs, FLOPs and parameters cut in %, Scratch-B epochs
+CIFAR_ROWS = {
+    "vgg16-A": (1.519, 34.17, 63.99, 243), "resnet56-A": (1.1157, 10.37, 9.34, 178), "resnet56-B": (1.3791, 27.49, 13.75, 220),
+    "resnet110-A": (1.1883, 15.84, 2.28, 190), "resnet110-B": (1.6273, 38.55, 32.38, 260),
+}
+
+
+@pytest.mark.parametrize("target", CIFAR_ROWS)
+def test_cifar_rows_of_the_paper(target):
+    base, small = zoo.arch(target.split("-")[0]).count(), zoo.arch(target).count()
+    ratio, flops, params, epochs = CIFAR_ROWS[target]
+    assert round(base.flops/small.flops, 4) == ratio
+    assert (round(100*(1 - small.flops/base.flops), 2), round(100*(1 - small.params/base.params), 2)) == (flops, params)
+    assert scratch_b(recipe("cifar"), base.flops/small.flops).epochs == epochs
+
+
+def test_channel_lists():
+    "The lists of facts/architectures.md, layer by layer"
+    free = lambda name: [s.width for s in zoo.arch(name).sites() if s.free]
+    assert free("vgg16-A") == [32, 64, 128, 128] + [256]*9
+    assert free("resnet56-A") == [14]*7 + [16, 14, 32] + [28]*8 + [64] + [57]*7 + [64]
+    assert free("resnet56-B") == [6]*7 + [16, 16, 32] + [22]*6 + [32, 22, 64] + [57]*7 + [64]
+    assert free("resnet110-A") == [8]*17 + [16] + [32]*18 + [64]*18
+    assert free("resnet110-B") == [8]*17 + [16, 32] + [19]*17 + [64] + [44]*17
+    # bases of network slimming and of the unstructured studies
+    assert free("vgg19") == [64]*2 + [128]*2 + [256]*4 + [512]*8
+    assert free("preresnet164") == [16]*36 + [32]*36 + [64]*36 and [s.width for s in zoo.arch("preresnet164").sites() if s.kind == "stream"] == [16, 64, 128, 256]
+    assert len(free("preresnet110")) == 3*12*2
+    assert free("densenet40") == [12]*36 and [s.width for s in zoo.arch("densenet40").sites() if s.kind == "stream"] == [24, 168, 312]
+    assert len(free("densenet100-weight")) == 3*32 and len(free("densenet-bc-100")) == 2*3*16
+    assert zoo.arch("resnet50-lottery").stages == (8, 8, 8)
+
+
+def test_the_slimming_network_in_the_references_order():
+    "Selecting after batch norm keeps its full size: two numbers more for each channel not selected"
+    from rethink_nb.surgery import Plan
+    for name in ("preresnet164", "densenet40"):
+        a, late = zoo.arch(name), zoo.arch(name, select_after_norm=True)
+        assert a.count() == late.count() # nothing is selected yet
+        keep = {s.name: tuple(range(0, s.width, 2)) for s in a.sites() if s.kind == "in"}
+        small, small_late = (Plan(parent=x.id, keep=keep).arch(x).count() for x in (a, late))
+        gone = sum(s.width - len(keep[s.name]) for s in a.sites() if s.kind == "in")
+        assert small_late.params - small.params == 2*gone and small_late.macs == small.macs and small_late.flops > small.flops
+
+
+def _reference_vgg(widths):
+    "VGG's cost worked out from its widths alone, in the reference's convention"
+    side, channels, flops, macs = 32, 3, 0, 0
+    for w in widths:
+        if w == "M": side //= 2; flops += 4*channels*side**2; continue
+        macs += 9*channels*w*side**2
+        flops += 2*9*channels*w*side**2 + 3*w*side**2 # batch norm 2, ReLU 1
+        channels = w
+    return macs, flops
+
+
+@pytest.mark.parametrize("depth", [11, 13, 16, 19])
+def test_vgg_by_a_second_way(depth):
+    from rethink_nb.arch.zoo import _STAGES
+    widths = [w for w, n in zip((64, 128, 256, 512, 512), _STAGES[f"vgg{depth}"]) for w in [w]*n + ["M"]][:-1]
+    macs, flops = _reference_vgg(widths)
+    c = zoo.arch(f"vgg{depth}", head="linear").count()
+    assert (c.macs, c.flops) == (macs + 5120, flops + 2*5120 + 10)
 
 
 def test_ids_stay():

@@ -1,4 +1,6 @@
-"Architectures as values: `zoo.arch(name)`, `.build()`, `.count()`."
+"Architectures as values: `zoo.arch(name)`, `.build()`, `.count()`; what they cost; families of your own."
 from . import zoo
 from .count import Count
-from .spec import Arch, Site, Switches
+from .effective import EffectiveCount, effective
+from .measure import Latency, latency, peak_memory
+from .spec import Arch, Family, Selection, Site, Switches, register_family

@@ -14,6 +14,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from .spec import Arch
+from ..core.errors import UserError
 from ..core.mode import evaluating
 
 # %% ../../nbs/arch/count.ipynb #3afa6fe2
@@ -42,15 +43,21 @@ class Count:
     flops: int # the reference's convention
     params: int # all parameters
     nonzero_macs: int # MACs whose weight is not zero
-    rows: tuple # one a leaf call: (module, kind, output shape, macs, flops, params)
+    rows: tuple # one a leaf call: (module, kind, output shape, macs, nonzero_macs, flops, params)
 
     @property
     def layers(self): # pandas is imported only where a table is wanted
         "One row a layer call, as a DataFrame"
         from pandas import DataFrame
-        return DataFrame(self.rows, columns=["module", "kind", "output", "macs", "flops", "params"])
+        return DataFrame(self.rows, columns=["module", "kind", "output", "macs", "nonzero_macs", "flops", "params"])
 
     def __repr__(self): return f"Count(macs={self.macs:,}, flops={self.flops:,}, params={self.params:,})"
+
+# %% ../../nbs/arch/count.ipynb #37e3b784
+def _kind(m:nn.Module) -> str:
+    "torch's class name of a layer"
+    known = next(c for c in type(m).__mro__ if getattr(nn, c.__name__, None) is c)
+    return (type(m) if known is nn.Module else known).__name__
 
 # %% ../../nbs/arch/count.ipynb #2edb6e3d
 def count(
@@ -60,9 +67,9 @@ def count(
     "Count what one image costs; the network is left as it was"
     rows, total, device = [], [0, 0, 0], next(net.parameters()).device
     def note(m, args, y, name):
-        cost = module_cost(m, args[0], y)
+        macs, flops, live = cost = module_cost(m, args[0], y)
         for i, c in enumerate(cost): total[i] += c
-        rows.append((name, type(m).__name__, tuple(y.shape[1:]), *cost[:2], sum(p.numel() for p in m.parameters())))
+        rows.append((name, _kind(m), tuple(y.shape[1:]), macs, live, flops, sum(p.numel() for p in m.parameters())))
     leaves = [(k, m) for k, m in net.named_modules() if not list(m.children())]
     hooks = [m.register_forward_hook(lambda m, a, y, k=k: note(m, a, y, k)) for k, m in leaves]
     try:
@@ -81,3 +88,20 @@ def _count_arch(arch:Arch) -> Count:
 def count(self:Arch) -> Count:
     "What one image costs, all weights taken as non-zero"
     return _count_arch(self)
+
+# %% ../../nbs/arch/count.ipynb #a7e1a2d6
+def _nonzero(c:Count) -> int:
+    "Reference FLOPs without the zero weights of convolutions"
+    return c.flops - 2*sum(macs - live for _, kind, _, macs, live, *_ in c.rows if kind == "Conv2d")
+
+# %% ../../nbs/arch/count.ipynb #d0b6b1d3
+_VARIANTS = dict(dense=lambda c: c.flops, nonzero=_nonzero, batch3=lambda c: 3*_nonzero(c))
+
+# %% ../../nbs/arch/count.ipynb #52ee16ec
+@patch
+def reference(self:Count,
+    variant:str="dense", # "dense", "nonzero" (convolutions' zero weights left out) or "batch3" (three images)
+) -> int: # FLOPs
+    "FLOPs as one of the reference's copies counts them"
+    if variant not in _VARIANTS: raise UserError(f"no FLOP convention {variant!r}: there are {', '.join(_VARIANTS)}")
+    return _VARIANTS[variant](self)

@@ -79,8 +79,8 @@ def id(self:Record) -> str:
 # %% ../../nbs/core/record.ipynb #12775b76
 @patch
 def write(self:Record, path) -> Path:
-    "Write the record as JSON, whole or not at all"
-    return write_text(path, json.dumps(self.to_dict(), indent=1) + "\n")
+    "Write the record as JSON, whole or not at all, with its kind and schema number"
+    return write_text(path, json.dumps({"record": type(self).__name__, "schema": self.schema, **self.to_dict()}, indent=1) + "\n")
 
 # %% ../../nbs/core/record.ipynb #2d6f8d2e
 def read_json(path) -> Any:
@@ -92,9 +92,18 @@ def read_json(path) -> Any:
 # %% ../../nbs/core/record.ipynb #304bfe45
 @patch(cls_method=True)
 def read(cls:Record, path) -> Record:
-    "The record in a JSON file written by `write`"
-    try: return cls.from_dict(read_json(path))
-    except UserError as e: raise e if str(path) in str(e) else UserError(f"{path}: {e}") from None
+    "The record in a JSON file written by `write`; another kind or a newer schema is refused"
+    data = read_json(path)
+    try: return cls.from_dict(_unlabelled(cls, data) if isinstance(data, dict) else data)
+    except UserError as e: raise UserError(f"{path}: {e}") from None
+
+# %% ../../nbs/core/record.ipynb #b12fa955
+def _unlabelled(cls, data:dict) -> dict:
+    "The fields alone, of a file that says it is of this kind (or, an old one, nothing) and not newer than this code"
+    kind, schema = data.get("record", cls.__name__), data.get("schema", 1)
+    if kind != cls.__name__: raise UserError(f"a {kind}, not a {cls.__name__}")
+    if not isinstance(schema, int) or schema > cls.schema: raise UserError(f"written by a newer rethink_nb ({kind} of schema {schema}; this one reads up to {cls.schema})")
+    return {k: v for k, v in data.items() if k not in ("record", "schema")}
 
 # %% ../../nbs/core/record.ipynb #738bee60
 @patch

@@ -18,7 +18,8 @@ def l1_scores(
     site:str, # name of a site
 ) -> torch.Tensor: # (channels,), float64
     "Sum of absolute weights of each filter that produces a site's channels"
-    return sum(net.get_submodule(m).weight.double().abs().flatten(1).sum(1) for m in net.arch.site(site).outs).cpu()
+    made_by = [net.get_submodule(m) for m in net.arch.site(site).outs]
+    return sum(m.weight.double().abs().flatten(1).sum(1) for m in made_by if hasattr(m, "weight")).cpu() # a constant has no filters
 
 # %% ../../nbs/methods/l1.ipynb #54f3cefd
 def largest(

@@ -176,7 +176,7 @@ def prune_run(self:Study, method:str, ratio:float, seed:int) -> Run:
     "The pruning of a parent"
     parent = self.parent_run(seed)
     # a control is asked for the very widths of the method under trial
-    request = {"ratio": ratio} if method == self.method else {"widths": {s.name: s.width for s in pruned_arch(self.method, self.base, ratio).sites() if not s.stream}}
+    request = {"ratio": ratio} if method == self.method else {"widths": {s.name: s.width for s in pruned_arch(self.method, self.base, ratio).sites() if s.free}}
     return Run(kind="prune", data=parent.data, arch=parent.arch, method=method, version=methods.get(method).version, request=request, start=parent, seed=seed)
 
 # %% ../../nbs/study/grid.ipynb #280cfe78
@@ -188,7 +188,7 @@ def arm_run(self:Study, arm:Arm, ratio:float, seed:int) -> Run:
     start = self.prune_run(self.method if arm.start == "method" else arm.start, ratio, seed) if arm.from_parent else None
     if arm.recipe is None: return start
     r = arm.recipe(self.recipe, self.base.count().flops/small.count().flops)
-    return Run(kind="train", data=self.parent_run(seed).data, arch=small, recipe=r, start=start, seed=seed)
+    return Run(kind="train", data=self.parent_run(seed).data, arch=small if start else small.scratch(), recipe=r, start=start, seed=seed)
 
 # %% ../../nbs/study/grid.ipynb #2093a5ec
 @patch

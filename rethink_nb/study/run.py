@@ -50,7 +50,7 @@ def execute(
 # %% ../../nbs/study/run.ipynb #84a754e8
 def _train(run:Run, store:Store, data:Data, device:torch.device) -> dict:
     net = store.network(run.start.id) if run.start else fresh(run.arch, seed=run.seed)
-    if net.arch != run.arch: raise RuntimeError(f"run {run.id}: its start has another architecture than was planned")
+    if net.arch.scratch() != run.arch.scratch(): raise RuntimeError(f"run {run.id}: its start has another architecture than was planned")
     at = store.work(run)
     tell = lambda row: write_text(at/"progress.json", json.dumps(dict(label=run.label, epochs=run.recipe.epochs, **row)))
     try: h = train(net, data, run.recipe, seed=run.seed, device=str(device), checkpoint=at/"checkpoint.safetensors", report=tell)

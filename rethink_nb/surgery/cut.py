@@ -5,52 +5,88 @@
 # %% auto #0
 __all__ = ['cut_state', 'cut', 'fresh']
 
-# %% ../../nbs/surgery/cut.ipynb #a1b16eca
+# %% ../../nbs/surgery/cut.ipynb #d87d7c65
+from math import sqrt
+
 import torch
 from torch import nn
 
-from ..arch.spec import Arch
+from ..arch.parts import Constant
+from ..arch.spec import Arch, Site
 from ..core.errors import UserError
-from .plan import Plan
-
-# %% ../../nbs/surgery/cut.ipynb #de83c1df
-def _select(state:dict, module:str, kept:torch.Tensor, dim:int):
-    "Keep some entries of all of a module's tensors that have this dimension"
-    for key in [k for k in state if k.rpartition(".")[0] == module]:
-        # along 1 (inputs) only weights have entries; the counter of seen batches is a scalar and has none
-        if state[key].dim() > dim: state[key] = state[key].index_select(dim, kept)
+from ..core.seed import generator
+from .constants import leftovers
+from .plan import Plan, WeightMask, alive, owned
 
 # %% ../../nbs/surgery/cut.ipynb #2d6f92e7
 def cut_state(
     state:dict[str, torch.Tensor], # full-size parameters and buffers
     arch:Arch, # the architecture they belong to
     plan:Plan,
-) -> dict[str, torch.Tensor]: # those of the smaller network
+) -> dict[str, torch.Tensor]: # those of the smaller network; of branches that are gone, what is left of theirs
     "Take away the rows, entries and columns of pruned channels"
-    state = dict(state)
-    for name, kept in plan.check(arch).keep.items():
-        site, kept = arch.site(name), torch.tensor(kept)
-        for m in (*site.outs, *site.norms): _select(state, m, kept, 0)
-        for m in site.ins: _select(state, m, kept, 1)
+    state, tensors, kept = dict(state), {}, plan.kept(arch)
+    for key in state: tensors.setdefault(key.rpartition(".")[0], []).append(key)
+    def rows(modules, channels): # the counter of seen batches is a scalar and has no entries
+        for m in modules: state.update({k: state[k].index_select(0, channels) for k in tensors[m] if state[k].dim()})
+    for site in owned(arch).values():
+        if site.whole and any(n in kept for n in site.of): rows(site.whole, torch.from_numpy(alive(kept, [arch.site(n) for n in site.of]).nonzero()[0]))
+        if site.name not in kept: continue
+        channels = torch.tensor(kept[site.name], dtype=torch.long)
+        rows((*site.outs, *site.norms, *_placed(arch, site, tensors)), channels)
+        for m in site.ins: state[f"{m}.weight"] = state[f"{m}.weight"].index_select(1, channels)
     return state
+
+# %% ../../nbs/surgery/cut.ipynb #d3b72c23
+def _placed(arch:Arch, site:Site, tensors:dict) -> list[str]:
+    "Modules with a new constant over a site's channels"
+    if site.of: return []
+    blocks = [site.block] if site.kind == "growth" else [s.block for s in arch.sites() if s.kind == "out" and s.of == (site.name,)]
+    places = [p for b in blocks for p in ((f"{b}.rest", f"{b}.scatter") if b else ("scatter",))]
+    return [p for p in places if p in tensors and p not in site.outs]
 
 # %% ../../nbs/surgery/cut.ipynb #eca7d134
 def cut(
     net:nn.Module, # with its `.arch`; left as it is
     plan:Plan,
 ) -> nn.Module: # smaller, with its own `.arch`
-    "The smaller network of a plan; training mode, type and device are kept"
-    small = plan.arch(net.arch).blank()
-    state = {k: v.detach().cpu() for k, v in net.state_dict().items()}
-    small.load_state_dict({k: v.clone() for k, v in cut_state(state, net.arch, plan).items()}, assign=True)
+    "The smaller network of a plan; training mode, type and device are kept. Weights that a mask takes out are zero in it"
+    arch = plan.arch(net.arch)
+    state = {k: v.detach().cpu() for k, v in net.state_dict().items()} | {f"{at}.constant": v.cpu() for at, v in leftovers(net, plan).items()}
+    state = cut_state({k: v*plan.masks[k].tensor() if k in plan.masks else v for k, v in state.items()}, net.arch, plan)
+    small = _with_constants(arch, state).blank()
+    own = {v.data_ptr() for v in net.state_dict().values()} # what nobody cut is copied, so that the two networks share nothing
+    small.load_state_dict({k: state[k].clone() if state[k].data_ptr() in own else state[k] for k in small.state_dict()}, assign=True)
     return small.to(next(net.parameters()).device).train(net.training)
+
+# %% ../../nbs/surgery/cut.ipynb #5a354111
+def _with_constants(arch:Arch, state:dict[str, torch.Tensor]) -> Arch:
+    "The architecture with the constants that are not zero and whose place is still there"
+    found = {k.removesuffix(".constant"): v for k, v in state.items() if k.endswith(".constant") and v.any()}
+    dead = {s.block for s in arch.sites() if s.block and not s.width} | {s.name for s in arch.sites() if s.kind == "constant"}
+    gone = {s.name for s in arch.sites() if s.kind in ("growth", "constant") and not s.width}
+    there = lambda at: (block := at.rpartition(".")[0]) not in gone and (at.endswith(".rest") if block in dead else True)
+    return arch.replace(constants=tuple(Constant(at=at, shape=tuple(v.shape)) for at, v in sorted(found.items()) if there(at)))
 
 # %% ../../nbs/surgery/cut.ipynb #57478bee
 def fresh(
     arch:Arch, # the pruned architecture
-    masks:dict | None=None, # of unstructured methods, which are not there yet
+    masks:dict[str, torch.Tensor | WeightMask] | None=None, # weights kept one by one, by parameter name
     seed:int=0,
-) -> nn.Module:
+    rescale:bool=True, # with masks: draw masked convolutions for the weights that are left
+) -> nn.Module: # its `.arch` is `arch.scratch()`
     "The same architecture with random weights: where Scratch-E and Scratch-B start"
-    if masks is not None: raise UserError("fresh: weight masks belong to unstructured methods, which are not there yet")
-    return arch.build(seed)
+    net = arch.scratch().build(seed)
+    for name, mask in (masks or {}).items(): _mask_fresh(net, name, mask.tensor() if isinstance(mask, WeightMask) else mask.bool(), seed if rescale else None)
+    return net
+
+# %% ../../nbs/surgery/cut.ipynb #08d2d34f
+@torch.no_grad()
+def _mask_fresh(net:nn.Module, name:str, mask:torch.Tensor, seed:int | None):
+    "Mask one weight, and draw it anew first if there is a seed and it is a convolution's"
+    weight = dict(net.named_parameters()).get(name)
+    if weight is None or weight.shape != mask.shape: raise UserError(f"a mask for {name} of shape {tuple(mask.shape)} fits no weight of this network")
+    if not mask.any(): raise UserError(f"the mask for {name} keeps no weight: the layer is dead and cannot be trained")
+    if seed is not None and weight.dim() == 4:
+        weight.copy_(torch.randn(weight.shape, generator=generator(seed, "fresh", name))*sqrt(2/(int(mask.sum())/weight.shape[1])))
+    weight *= mask

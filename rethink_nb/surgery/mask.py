@@ -11,14 +11,15 @@ from copy import deepcopy
 import torch
 from torch import nn
 
-from .plan import Plan
+from ..core.errors import UserError
+from .plan import Plan, WeightMask, owned, routed
 
 # %% ../../nbs/surgery/mask.ipynb #26090692
 @torch.no_grad()
-def _silence(m:nn.Module, gone:list[int]):
-    "Zero the weights and biases of some output channels"
-    for p in (m.weight, m.bias):
-        if p is not None: p[gone] = 0
+def _zero(m:nn.Module, gone:list[int], dim:int=0):
+    "Zero what a module has for some output channels (dim 0: weights, biases, constants) or input channels (dim 1: weights)"
+    for p in (m.weight,) if dim else (getattr(m, n, None) for n in ("weight", "bias", "constant")):
+        if p is not None: p.index_fill_(dim, torch.tensor(gone, device=p.device), 0)
 
 # %% ../../nbs/surgery/mask.ipynb #0effa959
 def masked(
@@ -26,9 +27,35 @@ def masked(
     plan:Plan,
 ) -> nn.Module: # a copy of full size
     "A copy in which every pruned channel is zero at its batch norm's output"
-    big = deepcopy(net)
-    for name, kept in plan.check(net.arch).keep.items():
-        site = net.arch.site(name)
-        gone = sorted(set(range(site.width)) - set(kept))
-        for m in (*site.outs, *site.norms): _silence(big.get_submodule(m), gone)
+    arch, kept = net.arch, plan.kept(net.arch)
+    big = _rerouted(net, kept)
+    for name, mask in plan.masks.items(): _apply(big, name, mask)
+    for name, channels in kept.items():
+        site, gone = owned(arch)[name], sorted(set(range(arch.site(name).width)) - set(channels))
+        if plan.constants: # filters only: batch norms go on, and a block goes on reading what is left of them
+            for m in site.outs: _zero(big.get_submodule(m), gone)
+            continue
+        for m in (*site.outs, *site.norms): _zero(big.get_submodule(m), gone)
+        if site.kind == "in" and not site.norms:
+            for m in site.ins: _zero(big.get_submodule(m), gone, dim=1)
     return big
+
+# %% ../../nbs/surgery/mask.ipynb #bde13111
+def _rerouted(net:nn.Module, kept:dict) -> nn.Module:
+    "A copy whose shortcuts bring nothing to channels that are gone"
+    routes = [s for s in net.arch.sites() if s.kind == "route" and any(n in kept for n in s.of)]
+    if not routes: return deepcopy(net)
+    alive = lambda n: set(kept.get(n, range(net.arch.site(n).width)))
+    silent = {s.name: tuple(c if c in alive(s.of[0]) and j in alive(s.of[1]) else -1 for j, c in enumerate(routed(net.arch, s))) for s in routes}
+    big = net.arch.reshaped({}, silent).blank()
+    big.load_state_dict({k: v.detach().clone() for k, v in net.state_dict().items()}, assign=True)
+    return big.to(next(net.parameters()).device).train(net.training)
+
+# %% ../../nbs/surgery/mask.ipynb #8933e304
+@torch.no_grad()
+def _apply(net:nn.Module, name:str, mask:WeightMask):
+    "Zero the entries of a weight that its mask does not keep"
+    try: weight = net.get_parameter(name)
+    except AttributeError: raise UserError(f"the plan has a mask for {name}, which is no weight of this network") from None
+    if tuple(weight.shape) != mask.shape: raise UserError(f"the plan's mask for {name} has shape {mask.shape}, the weight has {tuple(weight.shape)}")
+    weight *= mask.tensor().to(weight.device)

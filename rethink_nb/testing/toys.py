@@ -16,7 +16,9 @@ from ..core.seed import generator, seeded
 def toy_archs() -> dict[str, Arch]:
     "A network per family, on 8x8 images of one channel"
     return dict(vgg=Arch(family="vgg", stages=(1, 2), widths=(4, 6, 8), input=(1, 8, 8)),
-                resnet=Arch(family="resnet", stages=(1, 2), widths=(4, 6, 5, 6, 7), input=(1, 8, 8)))
+                resnet=Arch(family="resnet", stages=(1, 2), widths=(4, 6, 5, 6, 7), input=(1, 8, 8)),
+                preresnet=Arch(family="preresnet", stages=(1, 2), widths=(4, 6, 8, 3, 4, 5, 4, 3, 5), input=(1, 8, 8)),
+                densenet=Arch(family="densenet", stages=(2, 2), widths=(4, 6, 2, 3, 3, 2), input=(1, 8, 8)))
 
 # %% ../../nbs/testing/toys.ipynb #a7c15981
 def random_bn(
