@@ -7,13 +7,12 @@ __all__ = ['module_cost', 'Count', 'count']
 
 # %% ../../nbs/arch/count.ipynb #1e63965e
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from fastcore.basics import patch
 from torch import nn
 
-from .spec import Arch
+from .spec import Arch, per_arch
 from ..core.errors import UserError
 from ..core.mode import evaluating
 
@@ -78,8 +77,8 @@ def count(
         for h in hooks: h.remove()
     return Count(total[0], total[1], sum(p.numel() for p in net.parameters()), total[2], tuple(rows))
 
-# %% ../../nbs/arch/count.ipynb #e1bfafd6
-@lru_cache(maxsize=4096)
+# %% ../../nbs/arch/count.ipynb #ccfdc47b
+@per_arch
 def _count_arch(arch:Arch) -> Count:
     return count(arch.blank(), arch.input)
 

@@ -5,15 +5,13 @@
 # %% auto #0
 __all__ = ['n_sites', 'least_side', 'sites', 'Layer', 'Transition', 'Net']
 
-# %% ../../nbs/arch/densenet.ipynb #55bf0444
-from functools import lru_cache
-
+# %% ../../nbs/arch/densenet.ipynb #9b5970e3
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from .parts import BatchNorm2d, Conv2d, Linear, Read, Rest, init_
-from .spec import Arch, Site
+from .spec import Arch, Site, per_arch
 
 # %% ../../nbs/arch/densenet.ipynb #519dda3f
 def n_sites(arch:Arch) -> int:
@@ -48,8 +46,8 @@ def _layers(arch:Arch) -> list[tuple[int, str, int, int | None]]:
     names = [(s, f"stage{s}.layer{k}") for s, m in enumerate(arch.stages, 1) for k in range(1, m + 1)]
     return [(s, at, w, i) for (s, at), w, i in zip(names, arch.widths[n:], inner)]
 
-# %% ../../nbs/arch/densenet.ipynb #ee9a42c7
-@lru_cache(maxsize=64)
+# %% ../../nbs/arch/densenet.ipynb #2dcb4efa
+@per_arch
 def _live(arch:Arch) -> frozenset[str]:
     "Names of the layers whose output depends on the image"
     return frozenset(at for _, at, w, i in _layers(arch) if w and i != 0 and arch.selection(f"{at}.in") != ())
@@ -108,17 +106,17 @@ class Layer(nn.Module):
         self.growth, self.dead, self.rest = growth, at not in _live(arch), Rest(growth) if at not in _live(arch) and growth else None
         if self.dead: return
         self.read = Read(arch.selection(f"{at}.in"), channels, arch.switches.select_after_norm)
-        self.bn1, self.conv1, self.conv2 = BatchNorm2d(self.read.normed), None, None
-        if inner is None: self.conv1 = Conv2d(self.read.width, growth, 3, padding=1, bias=False)
+        self.bn1, self.relu, self.plain = BatchNorm2d(self.read.normed), nn.ReLU(inplace=True), inner is None
+        if self.plain: self.conv1 = Conv2d(self.read.width, growth, 3, padding=1, bias=False)
         else:
-            self.conv1, self.bn2, self.relu = Conv2d(self.read.width, inner, 1, bias=False), BatchNorm2d(inner), nn.ReLU(inplace=True)
+            self.conv1, self.bn2 = Conv2d(self.read.width, inner, 1, bias=False), BatchNorm2d(inner)
             self.conv2 = Conv2d(inner, growth, 3, padding=1, bias=False)
 
     def branch(self, x:torch.Tensor) -> torch.Tensor:
         "What the layer adds"
         if self.dead: return self.rest(x).expand(len(x), -1, *x.shape[2:])
-        y = self.conv1(self.read(x, self.bn1))
-        return self.conv2(self.relu(self.bn2(y))) if self.conv2 else y
+        y = self.conv1(self.relu(self.read(x, self.bn1)))
+        return y if self.plain else self.conv2(self.relu(self.bn2(y)))
 
     def forward(self, x:torch.Tensor) -> torch.Tensor:
         return torch.cat((x, self.branch(x)), 1) if self.growth else x
@@ -129,10 +127,11 @@ class Transition(nn.Module):
     def __init__(self, arch:Arch, stage:int, channels:int):
         super().__init__()
         self.read = Read(arch.selection(f"transition{stage}.in"), channels, arch.switches.select_after_norm)
-        self.bn, self.conv = BatchNorm2d(self.read.normed), Conv2d(self.read.width, arch.widths[stage], 1, bias=False)
+        self.bn, self.relu = BatchNorm2d(self.read.normed), nn.ReLU(inplace=True)
+        self.conv = Conv2d(self.read.width, arch.widths[stage], 1, bias=False)
 
     def forward(self, x:torch.Tensor) -> torch.Tensor:
-        return F.avg_pool2d(self.conv(self.read(x, self.bn)), 2)
+        return F.avg_pool2d(self.conv(self.relu(self.read(x, self.bn))), 2)
 
 # %% ../../nbs/arch/densenet.ipynb #c5f20d21
 class Net(nn.Module):
@@ -143,7 +142,7 @@ class Net(nn.Module):
         self.conv = Conv2d(arch.input[0], arch.widths[0], 3, padding=1, bias=False)
         for s in range(1, len(arch.stages) + 1): channels = self._add_stage(s, arch.widths[s - 1])
         self.read = Read(arch.selection("head.in"), channels, arch.switches.select_after_norm)
-        self.bn = BatchNorm2d(self.read.normed)
+        self.bn, self.relu = BatchNorm2d(self.read.normed), nn.ReLU(inplace=True)
         # sized to the last map: the reference's counter knows this kind of pool and not the adaptive one
         self.pool, self.fc = nn.AvgPool2d([n//2**(len(arch.stages) - 1) for n in arch.input[1:]]), Linear(self.read.width, arch.classes)
 
@@ -167,4 +166,4 @@ class Net(nn.Module):
         "Images (N,C,H,W) to logits (N,classes)"
         x = self.conv(x)
         for name in self.stages: x = self.get_submodule(name)(x)
-        return self.fc(self.pool(self.read(x, self.bn)).flatten(1))
+        return self.fc(self.pool(self.relu(self.read(x, self.bn))).flatten(1))

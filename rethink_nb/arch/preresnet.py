@@ -115,7 +115,7 @@ class Block(nn.Module):
 
     def branch(self, x:torch.Tensor) -> torch.Tensor:
         "What the block adds"
-        y = self.conv1(self.read(x, self.bn1))
+        y = self.conv1(self.relu(self.read(x, self.bn1)))
         y = self.conv2(self.relu(self.bn2(y)))
         y = self.conv3(self.relu(self.bn3(y)))
         return self.scatter(y) if self.scatter else y
@@ -137,7 +137,7 @@ class Net(nn.Module):
         for s, name in enumerate(self.stages, 1):
             self.add_module(name, named(**{f"block{b}": Block(arch, s, b, next(inner)) for b in range(1, arch.stages[s - 1] + 1)}))
         self.read = Read(arch.selection("head.in"), last, arch.switches.select_after_norm)
-        self.bn = BatchNorm2d(self.read.normed)
+        self.bn, self.relu = BatchNorm2d(self.read.normed), nn.ReLU(inplace=True)
         # sized to the last map: the reference's counter knows this kind of pool and not the adaptive one
         self.pool, self.fc = nn.AvgPool2d([-(-n//2**(len(arch.stages) - 1)) for n in arch.input[1:]]), Linear(self.read.width, arch.classes)
 
@@ -150,4 +150,4 @@ class Net(nn.Module):
         x = self.conv(x)
         if self.scatter: x = self.scatter(x)
         for name in self.stages: x = self.get_submodule(name)(x)
-        return self.fc(self.pool(self.read(x, self.bn)).flatten(1))
+        return self.fc(self.pool(self.relu(self.read(x, self.bn))).flatten(1))

@@ -5,7 +5,9 @@
 # %% auto #0
 __all__ = ['l1_scores', 'largest', 'choose_l1']
 
-# %% ../../nbs/methods/l1.ipynb #f39b7f87
+# %% ../../nbs/methods/l1.ipynb #7e0fe551
+from functools import reduce
+
 import torch
 from torch import nn
 
@@ -19,7 +21,8 @@ def l1_scores(
 ) -> torch.Tensor: # (channels,), float64
     "Sum of absolute weights of each filter that produces a site's channels"
     made_by = [net.get_submodule(m) for m in net.arch.site(site).outs]
-    return sum(m.weight.double().abs().flatten(1).sum(1) for m in made_by if hasattr(m, "weight")).cpu() # a constant has no filters
+    sums = [m.weight.abs().sum((1, 2, 3), dtype=torch.float64) for m in made_by if hasattr(m, "weight")] # a constant has no filters
+    return reduce(torch.add, sums).cpu()
 
 # %% ../../nbs/methods/l1.ipynb #54f3cefd
 def largest(

@@ -17,9 +17,10 @@ from .plan import Plan, owned, selected
 def leftovers(
     net:nn.Module, # with its `.arch`; left as it is
     plan:Plan,
+    kept:dict[str, tuple[int, ...]] | None=None, # `plan.kept(net.arch)`, if it is at hand
 ) -> dict[str, torch.Tensor]: # by module name: what is added to its output, in full size
     "The constants that a plan leaves behind on this network"
-    arch, kept = net.arch, plan.kept(net.arch)
+    arch, kept = net.arch, plan.kept(net.arch) if kept is None else kept
     dead = buried(arch, kept)
     filters = [s for n, s in owned(arch).items() if n in kept and s.block not in dead] if plan.constants else []
     if not dead and not filters: return {}

@@ -22,10 +22,10 @@ from .plan import Plan, WeightMask, alive, owned
 def cut_state(
     state:dict[str, torch.Tensor], # full-size parameters and buffers
     arch:Arch, # the architecture they belong to
-    plan:Plan,
+    kept:dict[str, tuple[int, ...]], # a plan's, see `Plan.kept`
 ) -> dict[str, torch.Tensor]: # those of the smaller network; of branches that are gone, what is left of theirs
     "Take away the rows, entries and columns of pruned channels"
-    state, tensors, kept = dict(state), {}, plan.kept(arch)
+    state, tensors = dict(state), {}
     for key in state: tensors.setdefault(key.rpartition(".")[0], []).append(key)
     def rows(modules, channels): # the counter of seen batches is a scalar and has no entries
         for m in modules: state.update({k: state[k].index_select(0, channels) for k in tensors[m] if state[k].dim()})
@@ -40,7 +40,7 @@ def cut_state(
 # %% ../../nbs/surgery/cut.ipynb #d3b72c23
 def _placed(arch:Arch, site:Site, tensors:dict) -> list[str]:
     "Modules with a new constant over a site's channels"
-    if site.of: return []
+    if site.kind not in ("stream", "growth"): return []
     blocks = [site.block] if site.kind == "growth" else [s.block for s in arch.sites() if s.kind == "out" and s.of == (site.name,)]
     places = [p for b in blocks for p in ((f"{b}.rest", f"{b}.scatter") if b else ("scatter",))]
     return [p for p in places if p in tensors and p not in site.outs]
@@ -51,13 +51,15 @@ def cut(
     plan:Plan,
 ) -> nn.Module: # smaller, with its own `.arch`
     "The smaller network of a plan; training mode, type and device are kept. Weights that a mask takes out are zero in it"
-    arch = plan.arch(net.arch)
-    state = {k: v.detach().cpu() for k, v in net.state_dict().items()} | {f"{at}.constant": v.cpu() for at, v in leftovers(net, plan).items()}
-    state = cut_state({k: v*plan.masks[k].tensor() if k in plan.masks else v for k, v in state.items()}, net.arch, plan)
-    small = _with_constants(arch, state).blank()
-    own = {v.data_ptr() for v in net.state_dict().values()} # what nobody cut is copied, so that the two networks share nothing
-    small.load_state_dict({k: state[k].clone() if state[k].data_ptr() in own else state[k] for k in small.state_dict()}, assign=True)
-    return small.to(next(net.parameters()).device).train(net.training)
+    kept = plan.kept(net.arch)
+    state = {k: v.cpu() for k, v in net.state_dict().items()} | {f"{at}.constant": v.cpu() for at, v in leftovers(net, plan, kept).items()}
+    whole = {k: v*plan.masks[k].tensor() if k in plan.masks else v for k, v in state.items()}
+    state = cut_state(whole, net.arch, kept)
+    # what nobody cut is copied, so that the two networks share nothing
+    small = _with_constants(plan.arch(net.arch, kept), state).filled({k: v.clone() if v is whole.get(k) else v for k, v in state.items()})
+    device = next(net.parameters()).device
+    if device.type != "cpu": small.to(device)
+    return small if net.training else small.eval()
 
 # %% ../../nbs/surgery/cut.ipynb #5a354111
 def _with_constants(arch:Arch, state:dict[str, torch.Tensor]) -> Arch:

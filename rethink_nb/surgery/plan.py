@@ -7,14 +7,13 @@ __all__ = ['WeightMask', 'pack', 'Plan', 'alive', 'selected', 'owned', 'routed']
 
 # %% ../../nbs/surgery/plan.ipynb #19a81479
 from base64 import b64decode, b64encode
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 from fastcore.basics import patch
 
-from ..arch.spec import Arch, Site
+from ..arch.spec import Arch, Site, per_arch
 from ..core.errors import UserError
 from ..core.record import Record
 
@@ -84,8 +83,13 @@ def kept(self:Plan, arch:Arch) -> dict[str, tuple[int, ...]]: # positions, by na
 # %% ../../nbs/surgery/plan.ipynb #40c9482f
 def alive(kept:dict[str, tuple[int, ...]], streams:list[Site]) -> np.ndarray: # bool
     "Which channels of some streams, one behind the other, stay"
-    rows = [np.isin(np.arange(s.width), kept[s.name]) if s.name in kept else np.ones(s.width, bool) for s in streams]
-    return np.concatenate(rows)
+    stays, at = np.ones(sum(s.width for s in streams), bool), 0
+    for s in streams:
+        if s.name in kept:
+            stays[at:at + s.width] = False
+            stays[[at + c for c in kept[s.name]]] = True
+        at += s.width
+    return stays
 
 # %% ../../nbs/surgery/plan.ipynb #eb862df8
 def selected(arch:Arch, site:Site) -> list[int]:
@@ -93,8 +97,8 @@ def selected(arch:Arch, site:Site) -> list[int]:
     chosen = arch.selection(site.name)
     return list(range(site.width)) if chosen is None else list(chosen)
 
-# %% ../../nbs/surgery/plan.ipynb #053c872b
-@lru_cache(maxsize=128)
+# %% ../../nbs/surgery/plan.ipynb #7eadca02
+@per_arch
 def owned(arch:Arch) -> dict[str, Site]:
     "The sites by name, each with those modules only that no site which selects from it names"
     taken = {n: {m for s in arch.sites() if n in s.of for m in (*s.outs, *s.norms, *s.whole, *s.ins)} for n in {n for s in arch.sites() for n in s.of}}
@@ -103,9 +107,12 @@ def owned(arch:Arch) -> dict[str, Site]:
 
 # %% ../../nbs/surgery/plan.ipynb #e11684b4
 @patch
-def arch(self:Plan, parent:Arch) -> Arch:
+def arch(self:Plan,
+    parent:Arch,
+    kept:dict[str, tuple[int, ...]] | None=None, # `self.kept(parent)`, if it is at hand
+) -> Arch:
     "The pruned architecture, without the constants that zero widths leave: those depend on weights, and `cut` adds them"
-    kept = self.kept(parent)
+    kept = self.kept(parent) if kept is None else kept
     sites = {s.name: s for s in parent.sites()}
     touched = lambda s: s.name in kept or any(n in kept for n in s.of)
     moved = {s.name: (_reroute if s.kind == "route" else _renumber)(parent, s, kept, sites) for s in sites.values() if s.of and touched(s)}
