@@ -126,3 +126,15 @@ def test_ids_stay():
     s = Study(data="digits", arch="vgg-digits")
     assert (zoo.arch("vgg16").id, recipe("cifar").id) == ("b6b04b537f5a", "7df89b8272d4")
     assert [s.id, s.parent_run(1).id, s.prune_run("l1", .5, 1).id, s.prune_run("l1", .5, 1).group] == ["d0414ac3a49d", "82518e907312", "50dacb4eab52", "2114dd327e3c"]
+
+
+# facts/surgery_and_flops.md section 5: torchvision's own ResNets and VGG (no module for pooling, no bias in downsampling convolutions)
+@pytest.mark.parametrize("name,flops,macs", [("resnet34", 7_340_368_872, 3_663_761_408), ("resnet50", 8_212_012_520, 4_089_184_256),
+                                             ("vgg16", 30_973_762_536, 15_470_264_320), ("mobilenet_v2", 614_905_768, 300_774_272)])
+def test_the_counter_on_other_peoples_networks(name, flops, macs):
+    import torchvision
+    with torch.device("meta"): net = getattr(torchvision.models, name)()
+    c = count(net, (3, 224, 224))
+    assert (c.flops, c.macs) == (flops, macs)
+    with FlopCounterMode(display=False) as counter, torch.no_grad(): net.eval()(torch.zeros(1, 3, 224, 224, device="meta"))
+    assert counter.get_total_flops() == 2*macs

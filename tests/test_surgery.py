@@ -1,4 +1,7 @@
 "Every method on every family: what is cut equals what is masked, and survives being written and read."
+from contextlib import contextmanager
+from random import Random
+
 import pytest
 import torch
 
@@ -85,3 +88,37 @@ def test_targets_are_the_reference_rule(name, target, skip, ratios):
 ])
 def test_bad_requests(bad, why):
     with pytest.raises(UserError, match=why): methods.prune("l1", toy_archs()["vgg"].build(), **bad)
+
+
+@contextmanager
+def silenced(net, plan):
+    "The full network with activations, not weights, set to zero: what `masked` is meant to be, by another way"
+    def zero(gone): return lambda m, args, y: y.index_fill(1, torch.tensor(gone), 0)
+    def zero_input(gone): return lambda m, args: (args[0].index_fill(1, torch.tensor(gone), 0), *args[1:])
+    hooks = []
+    for name, kept in plan.kept(net.arch).items():
+        s = net.arch.site(name)
+        gone = sorted(set(range(s.width)) - set(kept))
+        places = s.norms or s.outs
+        if s.kind == "stream": places = s.outs
+        if s.kind == "stream" and net.arch.family == "resnet": # what passes each block, with whatever the shortcut brings
+            places = [f"stage{s.stage}.block{b}" for b in range(1, net.arch.stages[s.stage - 1] + 1)] + (["bn"] if s.stage == 1 else [])
+        hooks += [net.get_submodule(m).register_forward_hook(zero(gone)) for m in places]
+        if s.kind == "in" and not s.norms: hooks += [net.get_submodule(m).register_forward_pre_hook(zero_input(gone)) for m in s.ins]
+    try: yield net
+    finally:
+        for h in hooks: h.remove()
+
+
+@pytest.mark.parametrize("arch", ["vgg", "resnet", "preresnet", "densenet", "densenet-bc", "resnet50-lottery"])
+@pytest.mark.parametrize("seed", range(6))
+def test_cut_is_the_network_with_silent_activations(arch, seed):
+    a, random = ARCHS[arch], Random(seed)
+    net = random_bn(a.build(seed), seed).double().eval()
+    some = [s for s in a.sites() if s.kind != "route" and random.random() < .4] or [a.sites()[0]]
+    plan = Plan(parent=a.id, keep={s.name: tuple(sorted(random.sample(range(s.width), max(1, s.width//2)))) for s in some})
+    x = torch.randn(3, *a.input, dtype=torch.float64)
+    with torch.no_grad(), silenced(net, plan): by_hooks = net(x)
+    with torch.no_grad(): small, whole = cut(net, plan)(x), net(x)
+    assert (small - by_hooks).abs().max() <= 1e-9*by_hooks.abs().max()
+    assert (small - whole).abs().max() > 1e-3*whole.abs().max() # it is another network than the whole one
