@@ -103,6 +103,7 @@ def prune(
     macs:float=None, # instead: fraction of the MACs that stays
     multiple:int=1, # round what is kept up to a multiple of this
     seed:int=0, # for methods that draw at random
+    measure:bool=False, # time both networks on this machine, for the page
 ):
     "Prune a network and write the smaller one, checked against the masked one"
     from rethink_nb.core.files import folder
@@ -113,7 +114,7 @@ def prune(
     if (at/"record.json").exists(): raise UserError(f"{at} is a run of a store, which stays as it is: name another folder")
     p = prune(method, net, _ratio(ratio), target=target or None, macs=macs, seed=seed, **(dict(multiple=multiple) if multiple != 1 else {}))
     p.save(at, page=False)
-    page = p.page(at/"summary.html", note=f"From {said}.")
+    page = p.page(at/"summary.html", note=f"From {said}.", measure=measure)
     print(said, p, p.verify(), f"written to {at}; a page on it: {page}", sep="\n")
 
 # %% ../nbs/cli.ipynb #0db62e1b

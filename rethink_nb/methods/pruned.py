@@ -15,7 +15,9 @@ from torch import nn
 
 from ..arch.count import Count, count
 from ..arch.effective import effective
+from ..arch.measure import latencies, peak_memory
 from ..arch.spec import Arch
+from ..arch.zoo import name_of
 from ..core.errors import UserError
 from ..surgery.cut import cut
 from ..surgery.frames import channel_frame, cost_frame, site_frame
@@ -49,9 +51,10 @@ class Pruned:
 def remarks(self:Pruned) -> list[str]:
     "What the numbers alone do not say: blocks that are gone, constants they left, weights that are zero"
     gone = {s.block for s in self.arch.sites() if s.block and not s.width} - {s.block for s in self.parent.sites() if s.block and not s.width}
-    lines = [f"{len(gone)} block{'s are' if len(gone) > 1 else ' is'} gone: {', '.join(sorted(gone))}"] if gone else []
+    from rethink_nb.report.networks import name_runs
+    lines = [f"{len(gone)} branch{'es are' if len(gone) > 1 else ' is'} gone: {name_runs([s.block for s in self.arch.sites() if s.block in gone and s.free])}"] if gone else []
     if self.arch.constants:
-        lines.append(f"constants stay at {', '.join(c.at for c in self.arch.constants)}; training from scratch leaves them out")
+        lines.append(f"constants stay at {name_runs([c.at for c in self.arch.constants])}; training from scratch leaves them out")
     return [*lines, f"weights: {effective(self.net)}"] if self.masks else lines
 
 # %% ../../nbs/methods/pruned.ipynb #53394202
@@ -67,16 +70,20 @@ def carry_out(
 
 # %% ../../nbs/methods/pruned.ipynb #016b63c9
 @patch
+def whole(self:Pruned) -> nn.Module:
+    "The network before pruning, in the weights that the plan applies to"
+    return self.parent.filled({k: v.clone() for k, v in self.weights.items()}).to(next(self.net.parameters()).device)
+
+# %% ../../nbs/methods/pruned.ipynb #4ff83512
+@patch
 def verify(self:Pruned,
     x:torch.Tensor | None=None, # images; None: noise of a fixed seed
     tolerance:float=1e-4, # of the logits' scale
 ) -> Verdict:
     "Does the smaller network compute what the full-size one with silenced channels computes?"
-    big = self.parent.blank()
-    big.load_state_dict({k: v.clone() for k, v in self.weights.items()}, assign=True)
-    return compare_networks(masked(big.to(next(self.net.parameters()).device), self.plan), self.net, x, tolerance)
+    return compare_networks(masked(self.whole(), self.plan), self.net, x, tolerance)
 
-# %% ../../nbs/methods/pruned.ipynb #4ff83512
+# %% ../../nbs/methods/pruned.ipynb #84ebff6e
 @patch
 def save(self:Pruned,
     path, # folder; it is made
@@ -101,7 +108,22 @@ def figure(self:Pruned, kind:str="widths"): # plotly figure
     if kind == "costs": return networks.fig_layer_costs(cost_frame(self.parent, self.before, self.after), "nonzero_macs" if self.masks else "macs")
     return networks.fig_kept_channels(channel_frame(self.parent, self.plan))
 
-# %% ../../nbs/methods/pruned.ipynb #84ebff6e
+# %% ../../nbs/methods/pruned.ipynb #4158857a
+@patch
+def measure(self:Pruned,
+    batches:tuple[int, ...]=(1, 64), # images in a pass
+    repeats:int=10, # of each network at each batch
+): # DataFrame: batch, before_ms, after_ms, times_faster, before_mib, after_mib, training_mib before and after
+    "Latency (median) and peak activation memory before and after"
+    from pandas import DataFrame
+    rows = []
+    for batch in batches:
+        t = latencies({"before": self.whole(), "after": self.net}, batch, repeats=repeats)
+        mib = {f"{k}{what}_mib": peak_memory(a, batch, training)/2**20 for k, a in (("before", self.parent), ("after", self.arch)) for what, training in (("", False), ("_training", True))}
+        rows.append(dict(batch=batch, before_ms=t["before"].median, after_ms=t["after"].median, times_faster=t["before"].median/t["after"].median, **mib))
+    return DataFrame(rows)
+
+# %% ../../nbs/methods/pruned.ipynb #4532a561
 @patch
 def table(self:Pruned): # DataFrame
     "Parameters, MACs and reference FLOPs before and after"
@@ -110,11 +132,12 @@ def table(self:Pruned): # DataFrame
     rows = [(w, getattr(self.before, k), getattr(self.after, k)) for k, w in names.items() if k != "nonzero_macs" or self.masks]
     return DataFrame([{"": w, "before": f"{a:,}", "after": f"{b:,}", "gone": f"{1 - b/a:.1%}", "times less": f"{a/b:.2f}" if b else ""} for w, a, b in rows])
 
-# %% ../../nbs/methods/pruned.ipynb #4158857a
+# %% ../../nbs/methods/pruned.ipynb #5d760130
 @patch
 def page(self:Pruned,
     path, # an html file
     note:str="", # a line on where the network is from
+    measure:bool=False, # time both networks on this machine and say it on the page; takes a while
 ) -> Path:
     "One page, readable without a network"
     from rethink_nb.report.page import write_page
@@ -125,4 +148,6 @@ def page(self:Pruned,
              f"The smaller network against the full-size one with pruned channels silenced: {self.verify()}.", *self.remarks()]
     lead = f"{self._change('params')}, {self._change('macs')}."
     figures = [("Widths" if k == "widths" else "Cost of each layer" if k == "costs" else "Channels", self.figure(k)) for k in kinds]
-    return write_page(path, f"Pruned by {self.plan.method or 'hand'}", lead, [("What was done", facts), ("What it costs", self.table()), *figures])
+    times = [("What it takes on this machine, one thread", self.measure().round(2))] if measure else []
+    title = f"{name_of(self.parent) or self.parent.family} pruned by {self.plan.method or 'hand'}"
+    return write_page(path, title, lead, [("What was done", facts), ("What it costs", self.table()), *times, *figures])

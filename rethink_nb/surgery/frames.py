@@ -41,10 +41,10 @@ def channel_frame(
     arch:Arch, # the plan's parent
     plan:Plan,
 ): # DataFrame: site, stage, channel, kept, score
-    "Every channel of the sites that lose some or were scored"
+    "Every channel of the sites that the plan names; what follows for others is not repeated"
     from pandas import DataFrame
     kept, nan = plan.kept(arch), float("nan")
-    named = [s for s in arch.sites() if s.name in plan.keep or s.name in plan.scores or s.name in kept]
+    named = [s for s in arch.sites() if s.name in plan.keep or s.name in plan.scores]
     return DataFrame([dict(site=s.name, stage=s.stage, channel=c, kept=c in stay, score=score) for s in named for stay in [set(kept.get(s.name, range(s.width)))]
                       for c, score in enumerate(plan.scores.get(s.name, [nan]*s.width))], columns=["site", "stage", "channel", "kept", "score"])
 
