@@ -16,6 +16,7 @@ from ..arch.spec import Arch, Site
 from ..core.errors import UserError
 from ..core.seed import generator
 from .constants import leftovers
+from .mask import fitting
 from .plan import Plan, WeightMask, alive, owned
 
 # %% ../../nbs/surgery/cut.ipynb #2d6f92e7
@@ -28,7 +29,9 @@ def cut_state(
     state, tensors = dict(state), {}
     for key in state: tensors.setdefault(key.rpartition(".")[0], []).append(key)
     def rows(modules, channels): # the counter of seen batches is a scalar and has no entries
-        for m in modules: state.update({k: state[k].index_select(0, channels) for k in tensors[m] if state[k].dim()})
+        for m in modules:
+            if m not in tensors: raise UserError(f"the coupling table names {m}, which has no weights in this {arch.family}")
+            state.update({k: state[k].index_select(0, channels) for k in tensors[m] if state[k].dim()})
     for site in owned(arch).values():
         if site.whole and any(n in kept for n in site.of): rows(site.whole, torch.from_numpy(alive(kept, [arch.site(n) for n in site.of]).nonzero()[0]))
         if site.name not in kept: continue
@@ -53,7 +56,7 @@ def cut(
     "The smaller network of a plan; training mode, type and device are kept. Weights that a mask takes out are zero in it"
     kept = plan.kept(net.arch)
     state = {k: v.cpu() for k, v in net.state_dict().items()} | {f"{at}.constant": v.cpu() for at, v in leftovers(net, plan, kept).items()}
-    whole = {k: v*plan.masks[k].tensor() if k in plan.masks else v for k, v in state.items()}
+    whole = state | {k: state[k]*mask for k, mask in fitting(plan.masks, state).items()}
     state = cut_state(whole, net.arch, kept)
     # what nobody cut is copied, so that the two networks share nothing
     small = _with_constants(plan.arch(net.arch, kept), state).filled({k: v.clone() if v is whole.get(k) else v for k, v in state.items()})
