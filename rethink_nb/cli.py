@@ -61,13 +61,15 @@ def count(
     from rethink_nb.arch import zoo
     from rethink_nb.arch.count import count as cost_of
     from rethink_nb.arch.effective import effective
-    net = None if not Path(arch).is_dir() else _source(arch)[0]
+    net = _source(arch)[0] if not arch or Path(arch).is_dir() or "/" in arch else None
+    if net and (classes != 10 or input or width != 1): raise UserError(f"{arch} is a saved network, with classes, input and width of its own: leave them out")
     a = net.arch if net else zoo.arch(arch, classes=classes, input=_shape(input), width=width)
     c = cost_of(net, a.input) if net else a.count()
     if layers: print(c.layers.to_string(index=False), "\n")
     if sites: _print_sites(a)
     print(f"{arch}: {c.params:,} parameters, {c.macs:,} MACs (multiply-accumulates of convolutions and linear layers), {c.flops:,} FLOPs (the reference's convention: 2 a MAC, and bias, batch norm, ReLU, pooling)")
     if net: print(effective(net))
+    if net and (bad := sum(int((~p.isfinite()).sum()) for p in net.parameters())): print(f"{bad:,} parameters are not finite numbers")
     if measure: _print_measures(net or a.build())
 
 # %% ../nbs/cli.ipynb #cebd3c96
@@ -104,6 +106,7 @@ def prune(
     multiple:int=1, # round what is kept up to a multiple of this
     seed:int=0, # for methods that draw at random
     measure:bool=False, # time both networks on this machine, for the page
+    force:bool=False, # put it in place of a network that the folder holds already
 ):
     "Prune a network and write the smaller one, checked against the masked one"
     from rethink_nb.core.files import folder
@@ -112,6 +115,7 @@ def prune(
     methods.get(method)
     at, (net, said) = folder(out, "out"), _source(source)
     if (at/"record.json").exists(): raise UserError(f"{at} is a run of a store, which stays as it is: name another folder")
+    if (at/"arch.json").exists() and not force: raise UserError(f"{at} holds a network already: name another folder, or say --force")
     p = prune(method, net, _ratio(ratio), target=target or None, macs=macs, seed=seed, **(dict(multiple=multiple) if multiple != 1 else {}))
     p.save(at, page=False)
     page = p.page(at/"summary.html", note=f"From {said}.", measure=measure)
@@ -130,7 +134,9 @@ def _source(source:str) -> tuple:
     from rethink_nb.arch import zoo
     from rethink_nb.study.store import Store
     from rethink_nb.surgery.saved import load
+    if not source: raise UserError("source '': name a folder, or a network")
     if not Path(source).is_dir():
+        if any(c in source for c in "/\\"): raise UserError(f"{source}: no such folder")
         return zoo.arch(source).build(seed=0), f"{source} with random weights"
     folder = Path(source).resolve()
     if not (folder/"record.json").is_file(): return load(folder), f"the network in {folder}"

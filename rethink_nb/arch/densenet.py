@@ -59,7 +59,7 @@ def _silent(arch:Arch, at:str) -> bool: return arch.selection(f"{at}.in") == ()
 def _growth(arch:Arch, stage:int, at:str, width:int) -> Site:
     "The channels that a layer adds"
     if at in _live(arch): return Site(name=at, width=width, stage=stage, kind="growth", block=at, outs=(f"{at}.conv2" if arch.switches.bottleneck else f"{at}.conv1",))
-    return Site(name=at, width=width, stage=stage, kind="constant", block=at, outs=(f"{at}.rest",) if arch.constant(f"{at}.rest") else ())
+    return Site(name=at, width=width, stage=stage, kind="constant", block=at)
 
 # %% ../../nbs/arch/densenet.ipynb #fb498e0f
 def _inner(stage:int, at:str, width:int) -> Site:

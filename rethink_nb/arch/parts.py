@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['hollow', 'Conv2d', 'BatchNorm2d', 'Linear', 'named', 'conv_init_', 'init_', 'Pick', 'scatter', 'Read', 'Rest',
-           'Constant', 'attach_constants']
+           'Constant', 'plus_constant', 'attach_constants']
 
 # %% ../../nbs/arch/parts.ipynb #7f2c2813
 from contextlib import contextmanager
@@ -160,9 +160,12 @@ class Constant(Record, frozen=True):
     "Something added to a module's output, whatever the image"
     at: str # name of the module
     shape: tuple[int, ...] # (channels, 1, 1), (channels, height, width), or (features,) behind a linear layer
+    over: str = "" # the site whose channels these are; empty: those that the module itself puts out
 
-# %% ../../nbs/arch/parts.ipynb #fa809cdf
-def _plus_constant(m:nn.Module, args, y:torch.Tensor) -> torch.Tensor: return y + m.constant
+# %% ../../nbs/arch/parts.ipynb #69afc9a0
+def plus_constant(m:nn.Module, args, y:torch.Tensor) -> torch.Tensor: # a forward hook
+    "What a module puts out and its constant"
+    return y + m.constant
 
 # %% ../../nbs/arch/parts.ipynb #3fd8eeaa
 def attach_constants(
@@ -174,4 +177,4 @@ def attach_constants(
         try: m = net.get_submodule(c.at)
         except AttributeError: raise UserError(f"a constant is to be added at {c.at}, which is no part of this network") from None
         m.register_buffer("constant", torch.zeros(c.shape))
-        m.register_forward_hook(_plus_constant)
+        m.register_forward_hook(plus_constant)

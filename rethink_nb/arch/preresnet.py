@@ -67,7 +67,6 @@ def _stream(arch:Arch, stream:int, live:list[tuple[int, int]]) -> Site:
     "The channels that the blocks of a stage add to, and who reads them"
     outs = [f"stage{s}.block{b}.conv3" for s, b in live if s == stream]
     outs = [f"{_name(stream)}.block1.shortcut", *outs] if stream else ["conv"]
-    outs += [c.at for c in arch.constants if c.at.endswith((".rest", ".scatter")) and c.at.startswith(f"{_name(stream)}.") or c.at == "scatter" and not stream]
     last, readers = stream == len(arch.stages), [f"stage{s}.block{b}" for s, b in live if _source(s, b) == stream]
     ins = [*(f"{r}.conv1" for r in readers), "fc" if last else f"stage{stream + 1}.block1.shortcut"]
     return Site(name=_name(stream), width=arch.widths[stream], stage=max(stream, 1), kind="stream", outs=tuple(outs),

@@ -53,7 +53,6 @@ def _stream(arch:Arch, stage:int, live:list[tuple[int, int]]) -> Site:
     outs, norms = [f"{b}.conv2" for b in blocks], [f"{b}.bn2" for b in blocks]
     if stage == 1: outs, norms = ["conv", *outs], ["bn", *norms]
     elif arch.switches.shortcut == "projection": outs, norms = [f"stage{stage}.block1.shortcut.conv", *outs], [f"stage{stage}.block1.shortcut.bn", *norms]
-    outs += [c.at for c in arch.constants if c.at.startswith(f"stage{stage}.") and c.at.endswith((".rest", ".scatter")) or stage == 1 and c.at == "scatter"]
     return Site(name=f"stage{stage}", width=arch.widths[stage - 1], stage=stage, kind="stream", outs=tuple(outs), norms=tuple(norms), ins=_readers(arch, stage, live))
 
 # %% ../../nbs/arch/resnet.ipynb #deacddd8

@@ -18,6 +18,7 @@ def write_bytes(
 ) -> Path: # the path
     "Write `data` to a temporary name beside `path`, then rename it into place"
     path = Path(path)
+    if path.is_dir(): raise UserError(f"{path} is a folder, where a file is to be written")
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:

@@ -40,7 +40,9 @@ def _default(field:msgspec.structs.FieldInfo) -> Any:
 @patch
 def to_dict(self:Record) -> dict:
     "Plain data: non-default fields only, types checked"
-    return _plain(type(self).from_dict(msgspec.to_builtins(self)))
+    try: data = msgspec.to_builtins(self)
+    except TypeError as e: raise UserError(f"{type(self).__name__}: {e}") from None
+    return _plain(type(self).from_dict(data))
 
 # %% ../../nbs/core/record.ipynb #f8dda3d5
 @patch(cls_method=True)
@@ -101,8 +103,9 @@ def read(cls:Record, path) -> Record:
 def _unlabelled(cls, data:dict) -> dict:
     "The fields alone, of a file that says it is of this kind (or, an old one, nothing) and not newer than this code"
     kind, schema = data.get("record", cls.__name__), data.get("schema", 1)
-    if kind != cls.__name__: raise UserError(f"a {kind}, not a {cls.__name__}")
-    if not isinstance(schema, int) or schema > cls.schema: raise UserError(f"written by a newer rethink_nb ({kind} of schema {schema}; this one reads up to {cls.schema})")
+    if kind != cls.__name__: raise UserError(f"holds the record of a {kind}, where that of a {cls.__name__} is wanted")
+    if not isinstance(schema, int) or schema < 1: raise UserError(f"damaged: schema {schema!r} is no number of a schema")
+    if schema > cls.schema: raise UserError(f"written by a newer rethink_nb ({kind} of schema {schema}; this one reads up to {cls.schema})")
     return {k: v for k, v in data.items() if k not in ("record", "schema")}
 
 # %% ../../nbs/core/record.ipynb #738bee60

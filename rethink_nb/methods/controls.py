@@ -11,7 +11,7 @@ from torch import nn
 
 from ..arch.spec import Arch
 from ..core.seed import generator
-from .base import Method, register, uniform_counts
+from .base import Method, register, shrunk, uniform_counts
 from .l1 import choose_l1
 
 # %% ../../nbs/methods/controls.ipynb #d8da1d11
@@ -27,7 +27,7 @@ register(Method("random-channels", "Random channels of the same widths", "contro
 # %% ../../nbs/methods/controls.ipynb #7ff4fff1
 def same_cost(arch:Arch, counts:dict[str, int]) -> dict[str, int]:
     "Uniform widths whose MACs are nearest to those of `counts`"
-    return uniform_counts(arch, arch.with_widths(counts).count().macs)
+    return uniform_counts(arch, shrunk(arch, counts).count().macs)
 
 # %% ../../nbs/methods/controls.ipynb #2d172ca6
 register(Method("uniform", "Uniform width at equal MACs", "control", "control", choose_l1, reshape=same_cost));

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from .base import Method, register
+from ..surgery.plan import owned, selected
 
 # %% ../../nbs/methods/l1.ipynb #fea1cba7
 @torch.no_grad()
@@ -20,9 +21,11 @@ def l1_scores(
     site:str, # name of a site
 ) -> torch.Tensor: # (channels,), float64
     "Sum of absolute weights of each filter that produces a site's channels"
-    made_by = [net.get_submodule(m) for m in net.arch.site(site).outs]
-    sums = [m.weight.abs().sum((1, 2, 3), dtype=torch.float64) for m in made_by if hasattr(m, "weight")] # a constant has no filters
-    return reduce(torch.add, sums).cpu()
+    norms = lambda m: net.get_submodule(m).weight.abs().sum((1, 2, 3), dtype=torch.float64).cpu()
+    own, writers = owned(net.arch)[site], [s for s in net.arch.sites() if s.kind == "out" and site in s.of] if net.arch.site(site).kind == "stream" else []
+    total = reduce(torch.add, map(norms, own.outs), torch.zeros(own.width, dtype=torch.float64)) if len(own.outs) != 1 else norms(own.outs[0])
+    for s in writers: total[selected(net.arch, s)] += reduce(torch.add, map(norms, s.outs)) # a block may write to some channels only
+    return total
 
 # %% ../../nbs/methods/l1.ipynb #54f3cefd
 def largest(

@@ -19,9 +19,9 @@ from ..arch.measure import latencies, peak_memory
 from ..arch.spec import Arch
 from ..arch.zoo import name_of
 from ..core.errors import UserError
-from ..surgery.cut import cut
+from ..surgery.cut import cut, cut_state
 from ..surgery.frames import channel_frame, cost_frame, site_frame
-from ..surgery.mask import masked
+from ..surgery.mask import fitting, masked
 from ..surgery.plan import Plan
 from ..surgery.saved import save as save_network
 from ..surgery.verify import Verdict
@@ -55,7 +55,9 @@ def remarks(self:Pruned) -> list[str]:
     lines = [f"{len(gone)} branch{'es are' if len(gone) > 1 else ' is'} gone: {name_runs([s.block for s in self.arch.sites() if s.block in gone and s.free])}"] if gone else []
     if self.arch.constants:
         lines.append(f"constants stay at {name_runs([c.at for c in self.arch.constants])}; training from scratch leaves them out")
-    return [*lines, f"weights: {effective(self.net)}"] if self.masks else lines
+    if self.masks: lines.append(f"weights: {effective(self.net)}")
+    elif self.arch == self.parent: lines.append("nothing was removed")
+    return lines
 
 # %% ../../nbs/methods/pruned.ipynb #53394202
 def carry_out(
@@ -63,10 +65,18 @@ def carry_out(
     plan:Plan, # a method's, or your own
 ) -> Pruned:
     "Prune a network as a plan says"
-    small = cut(net, plan)
-    masks = {k: m.tensor() for k, m in plan.masks.items()} or None
+    small, masks = cut(net, plan), _cut_masks(net, plan) or None
     after = count(small, small.arch.input) if masks else small.arch.count()
     return Pruned(small, small.arch, masks, {k: v.detach().clone() for k, v in net.state_dict().items()}, plan, net.arch, net.arch.count(), after)
+
+# %% ../../nbs/methods/pruned.ipynb #9d66745c
+def _cut_masks(net:nn.Module, plan:Plan) -> dict[str, torch.Tensor]:
+    "The plan's weight masks, in the smaller network's shapes"
+    if not plan.masks: return {}
+    every = {k: torch.ones(v.shape, dtype=torch.bool) for k, v in net.state_dict().items()} | fitting(plan.masks, net, "cpu")
+    left = cut_state(every, net.arch, plan.kept(net.arch))
+    small = dict(plan.arch(net.arch).blank().named_parameters())
+    return {k: left[k] for k in plan.masks if k in small}
 
 # %% ../../nbs/methods/pruned.ipynb #016b63c9
 @patch
@@ -94,6 +104,7 @@ def save(self:Pruned,
     if not verdict.ok: raise UserError(f"nothing written: the smaller network is not the masked one ({verdict}); are the weights finite?")
     at = save_network(path, self.net, self.plan)
     if page: self.page(at/"summary.html")
+    else: (at/"summary.html").unlink(missing_ok=True) # of what lay here before
     return at
 
 # %% ../../nbs/methods/pruned.ipynb #e26f5259
@@ -104,8 +115,11 @@ def figure(self:Pruned, kind:str="widths"): # plotly figure
     "A picture: widths, costs or channels"
     from rethink_nb.report import networks
     if kind not in FIGURES: raise UserError(f"unknown figure {kind!r}: there are {', '.join(FIGURES)}")
-    if kind == "widths": return networks.fig_site_widths(site_frame(self.parent, self.arch))
+    if kind == "widths":
+        named = {self.parent.site(n).kind for n in self.plan.keep} # what was pruned is shown, streams and selections too
+        return networks.fig_site_widths(site_frame(self.parent, self.arch), kinds=tuple(named | {"inner", "growth"}))
     if kind == "costs": return networks.fig_layer_costs(cost_frame(self.parent, self.before, self.after), "nonzero_macs" if self.masks else "macs")
+    if not self.plan.keep and not self.plan.scores: raise UserError("this plan names no channels to show: it keeps all, or single weights")
     return networks.fig_kept_channels(channel_frame(self.parent, self.plan))
 
 # %% ../../nbs/methods/pruned.ipynb #4158857a

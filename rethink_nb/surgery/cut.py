@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from ..arch.parts import Constant
-from ..arch.spec import Arch, Site
+from ..arch.spec import Arch, arch_of
 from ..core.errors import UserError
 from ..core.seed import generator
-from .constants import leftovers
+from .constants import leftovers, site_over
 from .mask import fitting
 from .plan import Plan, WeightMask, alive, owned
 
@@ -24,6 +24,7 @@ def cut_state(
     state:dict[str, torch.Tensor], # full-size parameters and buffers
     arch:Arch, # the architecture they belong to
     kept:dict[str, tuple[int, ...]], # a plan's, see `Plan.kept`
+    over:dict[str, str]={}, # for each module with a constant the site whose channels it has
 ) -> dict[str, torch.Tensor]: # those of the smaller network; of branches that are gone, what is left of theirs
     "Take away the rows, entries and columns of pruned channels"
     state, tensors = dict(state), {}
@@ -36,17 +37,10 @@ def cut_state(
         if site.whole and any(n in kept for n in site.of): rows(site.whole, torch.from_numpy(alive(kept, [arch.site(n) for n in site.of]).nonzero()[0]))
         if site.name not in kept: continue
         channels = torch.tensor(kept[site.name], dtype=torch.long)
-        rows((*site.outs, *site.norms, *_placed(arch, site, tensors)), channels)
+        rows((*site.outs, *site.norms), channels)
+        state |= {f"{at}.constant": state[f"{at}.constant"].index_select(0, channels) for at, name in over.items() if name == site.name}
         for m in site.ins: state[f"{m}.weight"] = state[f"{m}.weight"].index_select(1, channels)
     return state
-
-# %% ../../nbs/surgery/cut.ipynb #d3b72c23
-def _placed(arch:Arch, site:Site, tensors:dict) -> list[str]:
-    "Modules with a new constant over a site's channels"
-    if site.kind not in ("stream", "growth"): return []
-    blocks = [site.block] if site.kind == "growth" else [s.block for s in arch.sites() if s.kind == "out" and s.of == (site.name,)]
-    places = [p for b in blocks for p in ((f"{b}.rest", f"{b}.scatter") if b else ("scatter",))]
-    return [p for p in places if p in tensors and p not in site.outs]
 
 # %% ../../nbs/surgery/cut.ipynb #eca7d134
 def cut(
@@ -54,24 +48,38 @@ def cut(
     plan:Plan,
 ) -> nn.Module: # smaller, with its own `.arch`
     "The smaller network of a plan; training mode, type and device are kept. Weights that a mask takes out are zero in it"
-    kept = plan.kept(net.arch)
-    state = {k: v.cpu() for k, v in net.state_dict().items()} | {f"{at}.constant": v.cpu() for at, v in leftovers(net, plan, kept).items()}
-    whole = state | {k: state[k]*mask for k, mask in fitting(plan.masks, state).items()}
-    state = cut_state(whole, net.arch, kept)
+    arch = arch_of(net)
+    kept = plan.kept(arch)
+    left = leftovers(net, plan, kept)
+    over = {at: site_over(arch, at) for at in {*left, *(c.at for c in arch.constants)}}
+    state = {k: v.cpu() for k, v in net.state_dict().items()} | {f"{at}.constant": v.cpu() for at, v in left.items()}
+    whole = state | {k: state[k]*mask for k, mask in fitting(plan.masks, net, "cpu").items()}
+    state = cut_state(whole, arch, kept, over)
     # what nobody cut is copied, so that the two networks share nothing
-    small = _with_constants(plan.arch(net.arch, kept), state).filled({k: v.clone() if v is whole.get(k) else v for k, v in state.items()})
+    small = _with_constants(plan.arch(arch, kept), state, over).filled({k: v.clone() if v is whole.get(k) else v for k, v in state.items()})
+    _settings(net, small)
     device = next(net.parameters()).device
     if device.type != "cpu": small.to(device)
     return small if net.training else small.eval()
 
-# %% ../../nbs/surgery/cut.ipynb #5a354111
-def _with_constants(arch:Arch, state:dict[str, torch.Tensor]) -> Arch:
+# %% ../../nbs/surgery/cut.ipynb #06f7c31d
+def _settings(net:nn.Module, small:nn.Module):
+    "What is neither in the Arch nor in the state: momentum of batch norms, parameters that are frozen"
+    there = dict(small.named_modules())
+    for name, m in net.named_modules():
+        if name not in there: continue
+        if "momentum" in m.__dict__: there[name].momentum = m.momentum
+        for k, p in m._parameters.items():
+            if p is not None and not p.requires_grad: there[name]._parameters[k].requires_grad_(False)
+
+# %% ../../nbs/surgery/cut.ipynb #95d1cab8
+def _with_constants(arch:Arch, state:dict[str, torch.Tensor], over:dict[str, str]) -> Arch:
     "The architecture with the constants that are not zero and whose place is still there"
     found = {k.removesuffix(".constant"): v for k, v in state.items() if k.endswith(".constant") and v.any()}
     dead = {s.block for s in arch.sites() if s.block and not s.width} | {s.name for s in arch.sites() if s.kind == "constant"}
     gone = {s.name for s in arch.sites() if s.kind in ("growth", "constant") and not s.width}
     there = lambda at: (block := at.rpartition(".")[0]) not in gone and (at.endswith(".rest") if block in dead else True)
-    return arch.replace(constants=tuple(Constant(at=at, shape=tuple(v.shape)) for at, v in sorted(found.items()) if there(at)))
+    return arch.replace(constants=tuple(Constant(at=at, shape=tuple(v.shape), over=over[at]) for at, v in sorted(found.items()) if there(at)))
 
 # %% ../../nbs/surgery/cut.ipynb #57478bee
 def fresh(

@@ -32,7 +32,8 @@ def cost_frame(
 ): # DataFrame: module, kind, output, macs, nonzero_macs, flops, params, which, stage
     "The cost of each layer before and after"
     from pandas import concat
-    stage = {m.rpartition(".")[0]: s.stage for s in parent.sites() for m in (*s.outs, *s.norms)} | {m: s.stage for s in parent.sites() for m in (*s.norms, *s.outs)}
+    own = {m: s.stage for s in parent.sites() for m in (*s.norms, *s.outs)}
+    stage = {m.rpartition(".")[0]: n for m, n in own.items() if "." in m} | own # a block's ReLU stands with its convolutions; the classifier belongs to no stage
     both = [c.layers.assign(which=w) for c, w in ((before, "parent"), (after, "pruned")) if c is not None]
     return concat(both, ignore_index=True).assign(stage=lambda f: [stage.get(m, stage.get(m.rpartition(".")[0], 0)) for m in f.module])
 
@@ -44,8 +45,9 @@ def channel_frame(
     "Every channel of the sites that the plan names; what follows for others is not repeated"
     from pandas import DataFrame
     kept, nan = plan.kept(arch), float("nan")
+    alive = {s.name for s in plan.arch(arch).sites() if s.width} # of a branch that is gone nothing stays
     named = [s for s in arch.sites() if s.name in plan.keep or s.name in plan.scores]
-    return DataFrame([dict(site=s.name, stage=s.stage, channel=c, kept=c in stay, score=score) for s in named for stay in [set(kept.get(s.name, range(s.width)))]
+    return DataFrame([dict(site=s.name, stage=s.stage, channel=c, kept=c in stay, score=score) for s in named for stay in [set(kept.get(s.name, range(s.width))) if s.name in alive else ()]
                       for c, score in enumerate(plan.scores.get(s.name, [nan]*s.width))], columns=["site", "stage", "channel", "kept", "score"])
 
 # %% ../../nbs/surgery/frames.ipynb #54e79b60

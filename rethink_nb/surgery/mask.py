@@ -11,6 +11,7 @@ from copy import deepcopy
 import torch
 from torch import nn
 
+from ..arch.spec import arch_of
 from ..core.errors import UserError
 from .plan import Plan, WeightMask, owned, routed
 
@@ -27,16 +28,20 @@ def masked(
     plan:Plan,
 ) -> nn.Module: # a copy of full size
     "A copy in which every pruned channel is zero at its batch norm's output"
-    arch, kept = net.arch, plan.kept(net.arch)
+    arch = arch_of(net)
+    kept = plan.kept(arch)
     big = _rerouted(net, kept)
     with torch.no_grad():
-        for name, mask in fitting(plan.masks, dict(big.named_parameters())).items(): big.get_parameter(name).mul_(mask)
+        for name, mask in fitting(plan.masks, big).items(): big.get_parameter(name).mul_(mask)
     for name, channels in kept.items():
         site, gone = owned(arch)[name], sorted(set(range(arch.site(name).width)) - set(channels))
         if plan.constants: # filters only: batch norms go on, and a block goes on reading what is left of them
             for m in site.outs: _zero(big.get_submodule(m), gone)
-            continue
-        for m in (*site.outs, *site.norms): _zero(big.get_submodule(m), gone)
+        else:
+            for m in (*site.outs, *site.norms): _zero(big.get_submodule(m), gone)
+        for c in arch.constants:
+            if c.over == name: _zero(big.get_submodule(c.at), gone)
+        if plan.constants: continue
         if site.kind == "in" and not site.norms:
             for m in site.ins: _zero(big.get_submodule(m), gone, dim=1)
     return big
@@ -55,10 +60,12 @@ def _rerouted(net:nn.Module, kept:dict) -> nn.Module:
 # %% ../../nbs/surgery/mask.ipynb #4999160f
 def fitting(
     masks:dict[str, WeightMask], # by parameter name
-    weights:dict[str, torch.Tensor], # a network's parameters and buffers
-) -> dict[str, torch.Tensor]: # bool, on the weights' device
+    net:nn.Module,
+    device=None, # None: the network's
+) -> dict[str, torch.Tensor]: # bool
     "Masks as tensors; one that fits no weight of the network is refused by name"
+    weights = dict(net.named_parameters())
     for name, mask in masks.items():
         if name not in weights: raise UserError(f"the plan has a mask for {name}, which is no weight of this network")
         if tuple(weights[name].shape) != mask.shape: raise UserError(f"the plan's mask for {name} has shape {mask.shape}, the weight has {tuple(weights[name].shape)}")
-    return {name: mask.tensor().to(weights[name].device) for name, mask in masks.items()}
+    return {name: mask.tensor().to(device or weights[name].device) for name, mask in masks.items()}

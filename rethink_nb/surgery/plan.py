@@ -15,7 +15,7 @@ from fastcore.basics import patch
 
 from ..arch.spec import Arch, Site, per_arch
 from ..core.errors import UserError
-from ..core.record import Record
+from ..core.record import Record, check_types
 
 # %% ../../nbs/surgery/plan.ipynb #e89ac4ba
 class WeightMask(Record, frozen=True):
@@ -26,14 +26,16 @@ class WeightMask(Record, frozen=True):
     def tensor(self) -> torch.Tensor: # bool, of that shape
         "The mask as a tensor"
         n = int(np.prod(self.shape))
-        data = np.frombuffer(b64decode(self.bits), np.uint8)
+        try: data = np.frombuffer(b64decode(self.bits, validate=True), np.uint8)
+        except ValueError: raise UserError("a mask's bits are not base64: the plan is damaged") from None
         if len(data) != -(-n//8): raise UserError(f"a mask of shape {self.shape} has {-(-n//8)} bytes, not {len(data)}")
         return torch.from_numpy(np.unpackbits(data, count=n).astype(bool)).reshape(self.shape)
 
-# %% ../../nbs/surgery/plan.ipynb #458c1ae4
-def pack(mask:torch.Tensor) -> WeightMask: # mask: bool
+# %% ../../nbs/surgery/plan.ipynb #f481ecff
+def pack(mask:torch.Tensor) -> WeightMask: # mask: True, or not zero, stays
     "A mask as a value"
-    bits = np.packbits(mask.detach().cpu().numpy().astype(bool).ravel())
+    mask = torch.as_tensor(mask).detach().cpu()
+    bits = np.packbits(mask.numpy().astype(bool).ravel())
     return WeightMask(shape=tuple(mask.shape), bits=b64encode(bits.tobytes()).decode())
 
 # %% ../../nbs/surgery/plan.ipynb #a25a6eee
@@ -47,6 +49,8 @@ class Plan(Record, frozen=True):
     version: int = 1 # version of the method's code
     options: dict[str, Any] = {} # how it was asked
     scores: dict[str, tuple[float, ...]] = {} # the score of every channel by site, where the method has scores
+
+    def __post_init__(self): check_types(self)
 
 # %% ../../nbs/surgery/plan.ipynb #4de851f5
 @patch

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['Verdict', 'verify']
 
-# %% ../../nbs/surgery/verify.ipynb #c89ba6dd
+# %% ../../nbs/surgery/verify.ipynb #4c32c1e7
+from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
@@ -34,7 +35,8 @@ def verify(
     x:torch.Tensor | None=None, # images; None: 64 of noise, made from a fixed seed
     tolerance:float=1e-4, # of the logits' scale; single precision. For double precision 1e-9
 ) -> Verdict:
-    "Compare the logits of two networks in evaluation mode, never under autocast"
+    "Compare the logits of two networks in evaluation mode, never under autocast; half precision is compared in single, so that rounding is not taken for a fault"
+    if torch.finfo(next(a.parameters()).dtype).bits < 32: a, b = deepcopy(a).float(), deepcopy(b).float()
     p = next(a.parameters())
     if x is None: x = torch.randn(64, *a.arch.input, generator=generator(0, "verify"))
     x = x.to(p)
