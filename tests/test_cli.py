@@ -37,6 +37,12 @@ BAD = {
     "small input": (["count", "vgg16", "--input", "3x8x8"], "at least 16x16"),
     "nan": (["run", "l1", "--ratio", "nan"], "outside [0, 1)"),
     "out cannot be made": (["run", "l1", "--out", "/proc/nothing"], "/proc/nothing"),
+    "huge": (["count", "resnet20", "--classes", "99999999999999999999"], "classes"),
+    "no folder": (["prune", "l1", "nofolder/x", "out", "--ratio", "0.5"], "nofolder/x: no such folder"),
+    "empty name": (["count", ""], "name a folder"),
+    "target and multiple": (["prune", "l1", "resnet56", "out", "--target", "A", "--multiple", "8"], "multiple goes with a ratio"),
+    "macs too few": (["prune", "l1", "resnet20", "out", "--macs", "1e-9"], "of the MACs still stay"),
+    "multiple": (["prune", "l1", "resnet20", "out", "--ratio", "0.5", "--multiple", "0"], "multiple 0"),
     "nothing removed": (["run", "l1", "--ratio", "0"], "removes nothing"),
     "wide": (["run", "l1", "--width", "inf"], "width inf"),
     "many seeds": (["run", "l1", "--seeds", "100000000000000000000"], "at most 1,000 seeds"),
@@ -116,3 +122,62 @@ def test_prune_leaves_runs_and_nonsense_alone(tmp_path, capsys):
     capsys.readouterr()
     assert main(["prune", "l1", str(tmp_path/"a"), str(tmp_path/"b"), "--ratio", "0.3"]) == 2
     assert "nothing written" in capsys.readouterr().err and not (tmp_path/"b").exists()
+
+
+def _edit(name, change): return lambda at: (at/name).write_text(change((at/name).read_text()))
+def _arch(**changes): return _edit("arch.json", lambda text: __import__("json").dumps(__import__("json").loads(text) | changes))
+
+
+DAMAGE = {
+    "cut arch": (_edit("arch.json", lambda text: text[:40]), "arch.json: damaged"),
+    "cut weights": (lambda at: (at/"weights.safetensors").write_bytes((at/"weights.safetensors").read_bytes()[:-100]), "weights.safetensors: damaged"),
+    "no weights": (lambda at: (at/"weights.safetensors").unlink(), "weights.safetensors: missing"),
+    "foreign": (_edit("arch.json", lambda text: "{\"model\": 3}"), "arch.json"),
+    "plan as arch": (lambda at: (at/"plan.json").replace(at/"arch.json"), "holds the record of a Plan"),
+    "newer": (_arch(schema=7), "written by a newer rethink_nb"),
+    "no schema": (_arch(schema="x"), "damaged: schema 'x'"),
+    "classes": (_arch(classes=2**63), "classes"),
+    "widths": (_arch(widths=[2**40]*12), "1,048,576"),
+    "stages": (_arch(stages=[-1, 4, 6]), "at least one layer"),
+    "selection": (_arch(selections=[{"site": "stage1", "channels": [0]}]), "selects nothing"),
+    "constant": (_arch(constants=[{"at": "conv", "shape": [-1, 1, 1]}]), "sizes that no network has"),
+    "constant nowhere": (_arch(constants=[{"at": "nowhere", "shape": [1, 1, 1]}]), "no part of this network"),
+    "other widths": (_arch(widths=[16, 32, 64, *[4]*9]), "another architecture"),
+    "folder": (lambda at: ((at/"arch.json").unlink(), (at/"arch.json").mkdir()), "arch.json"),
+}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    at = tmp_path_factory.mktemp("saved")/"net"
+    assert main(["prune", "l1", "resnet20", str(at), "--ratio", "0.5"]) == 0
+    return at
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damaged_networks(name, saved, tmp_path, capsys):
+    import shutil
+    damage, said = DAMAGE[name]
+    at = shutil.copytree(saved, tmp_path/"net")
+    damage(at)
+    capsys.readouterr()
+    for argv in (["count", str(at)], ["prune", "l1", str(at), str(tmp_path/"out"), "--ratio", "0.5"]):
+        assert main(argv) == 2
+        out, err = capsys.readouterr()
+        assert said in err and err.count("\n") == 1 and "Traceback" not in err and not out
+    assert not (tmp_path/"out").exists()
+
+
+def test_a_network_is_not_overwritten(saved, tmp_path, capsys):
+    import shutil
+    at = shutil.copytree(saved, tmp_path/"net")
+    before = {p.name: p.read_bytes() for p in at.iterdir()}
+    assert main(["prune", "l1", str(at), str(at), "--ratio", "0.5"]) == 2 and "--force" in capsys.readouterr().err
+    assert before == {p.name: p.read_bytes() for p in at.iterdir()}
+    assert main(["count", str(at), "--classes", "3"]) == 2 and "leave them out" in capsys.readouterr().err
+    assert main(["prune", "l1", str(at), str(at), "--ratio", "0.5", "--force"]) == 0
+    assert main(["count", str(at), "--sites"]) == 0 and "effective" in capsys.readouterr().out
+    for name in ("summary.html", "plan.json"):
+        (tmp_path/name/name).mkdir(parents=True)
+        assert main(["prune", "l1", "resnet20", str(tmp_path/name), "--ratio", "0.5"]) == 2
+        assert [p.name for p in (tmp_path/name).iterdir()] == [name] and "is a folder" in capsys.readouterr().err

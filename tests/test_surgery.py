@@ -122,3 +122,53 @@ def test_cut_is_the_network_with_silent_activations(arch, seed):
     with torch.no_grad(): small, whole = cut(net, plan)(x), net(x)
     assert (small - by_hooks).abs().max() <= 1e-9*by_hooks.abs().max()
     assert (small - whole).abs().max() > 1e-3*whole.abs().max() # it is another network than the whole one
+
+
+def test_a_stream_is_scored_by_its_channels_where_blocks_write_to_some_only():
+    "Each writer's filters count for the channels they go to, not for their place in the row"
+    a = toy_archs()["resnet"]
+    net = random_bn(a.build())
+    some = cut(net, Plan(parent=a.id, keep={"stem.out": (1, 3), "stage1.block1.out": (2,)}))
+    with torch.no_grad():
+        for m, norm in (("conv", (5., 1.)), ("stage1.block1.conv2", (3.,))):
+            for row, n in zip(some.get_submodule(m).weight, norm): row.fill_(n/row.numel())
+    p = methods.prune("l1", some, widths={"stage1": 2})
+    assert [round(s, 5) for s in p.plan.scores["stage1"]] == [0, 5, 3, 1] and p.plan.keep["stage1"] == (1, 2) and p.verify().ok
+
+
+@pytest.mark.parametrize("change,why", [
+    (lambda net: setattr(net.stage1.block1, "relu", torch.nn.LeakyReLU()), "stage1.block1.relu is not as its Arch builds it"),
+    (lambda net: setattr(net.bn, "eps", .5), "bn is not as its Arch builds it .BatchNorm2d, eps 0.5"),
+    (lambda net: net.stage1.register_forward_hook(lambda m, x, y: 2*y), "stage1 has a forward hook"),
+    (lambda net: delattr(net, "arch"), "carries no .arch"),
+])
+def test_a_network_changed_by_hand_is_refused(change, why, tmp_path):
+    from rethink_nb.surgery import save
+    a = toy_archs()["resnet"]
+    net, plan = a.build(), Plan(parent=a.id, keep={"stage1.block1": (0,)})
+    change(net)
+    for f in (lambda: cut(net, plan), lambda: masked(net, plan), lambda: methods.prune("l1", net, .5), lambda: save(tmp_path/"x", net)):
+        with pytest.raises(UserError, match=why): f()
+    assert not (tmp_path/"x").exists()
+
+
+def test_what_is_no_weight_is_kept_as_well():
+    a = toy_archs()["resnet"]
+    net = a.build()
+    net.bn.momentum, net.bn.training = .01, False
+    net.conv.weight.requires_grad_(False)
+    small = cut(net, Plan(parent=a.id, keep={"stage1.block1": (0,)}))
+    assert (small.bn.momentum, small.bn.training, small.conv.weight.requires_grad, small.fc.weight.requires_grad) == (.01, False, False, True)
+
+
+def test_networks_with_constants_are_pruned_again():
+    a = zoo.arch("resnet8-digits")
+    soft = cut(random_bn(a.build()), Plan(parent=a.id, keep={"stage1.block1": (0, 1, 2), "stage2.block1": ()}, constants=True))
+    assert soft.arch.constants
+    for method in methods.names():
+        for request_ in (dict(ratio=.5), dict(macs=.5), dict(ratio=.95)): assert methods.prune(method, soft, **request_).verify().ok
+
+
+def test_half_precision_is_not_taken_for_a_fault():
+    net = random_bn(zoo.arch("densenet40", width=.5).build())
+    for kind in (torch.bfloat16, torch.float16): assert methods.prune("l1", net.to(kind), .4).verify().ok

@@ -1,6 +1,5 @@
 "Random plans on every family: what is cut is what is masked, counted and written."
 from collections import Counter
-from random import Random
 
 import pytest
 import torch
@@ -10,7 +9,8 @@ from hypothesis import strategies as st
 from rethink_nb.arch import Arch
 from rethink_nb.arch.count import count
 from rethink_nb.core.errors import UserError
-from rethink_nb.surgery import Plan, cut, fresh, load, masked, pack, save, verify
+from rethink_nb.surgery import Plan, cut, fresh, load, masked, save, verify
+from rethink_nb.testing.families import random_plan
 from rethink_nb.testing.toys import random_bn, toy_archs
 
 
@@ -30,20 +30,6 @@ ARCHS = {
     "densenet-bottleneck": BOTTLENECK,
     "densenet-bottleneck-after": BOTTLENECK.replace(switches=BOTTLENECK.switches.replace(select_after_norm=True)),
 }
-
-
-def draw_plan(net, random: Random, touched: float, zeros: float, constants: bool) -> Plan:
-    "Some sites lose a fraction of 0 to 0.95 of their channels; some, where it is legal, all; now and then single weights go as well"
-    arch, keep = net.arch, {}
-    for s in arch.sites():
-        if s.kind == "route" or not s.width or constants and s.kind == "in" or random.random() > touched: continue
-        n = max(1, int(s.width*(1 - random.uniform(0, .95))))
-        if s.block and random.random() < zeros: n = 0
-        keep[s.name] = tuple(sorted(random.sample(range(s.width), n)))
-    weights = [(k, p.shape) for k, p in net.named_parameters() if p.dim() > 1]
-    some = random.sample(weights, min(2, len(weights))) if random.random() < .3 else []
-    masks = {k: pack(torch.rand(shape, generator=torch.Generator().manual_seed(random.randrange(2**32))) < random.random()) for k, shape in some}
-    return Plan(parent=arch.id, keep=keep, constants=constants, masks=masks)
 
 
 def check(net, plan, tmp, seen: Counter):
@@ -86,13 +72,12 @@ def run_cases(name, n, tmp):
     @settings(max_examples=n, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
     @given(st.integers(0, 2**32), st.sampled_from([.15, .5, 1.]), st.sampled_from([0., .1, .5]), st.booleans())
     def cases(seed, touched, zeros, constants):
-        random = Random(seed)
         net = random_bn(arch.build(seed % 1000), seed).double().train(bool(seed % 2))
         before = {k: v.clone() for k, v in net.state_dict().items()}
-        small = check(net, draw_plan(net, random, touched, zeros, constants), tmp/"one", seen)
+        small = check(net, random_plan(net, seed, touched, zeros, constants), tmp/"one", seen)
         assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items()) and net.training == bool(seed % 2)
         # what was pruned once can be pruned again: selections, routes and constants of the parent are cut too
-        if small is not None: check(random_bn(small, seed + 1), draw_plan(small, random, touched, zeros, constants), tmp/"two", seen)
+        if small is not None: check(random_bn(small, seed + 1), random_plan(small, seed + 1, touched, zeros, constants), tmp/"two", seen)
 
     cases()
     print(f"\n{name}: " + ", ".join(f"{k} {v:.1e}" if k == "worst" else f"{k} {v}" for k, v in seen.items()))

@@ -64,7 +64,7 @@ def fitting(
     device=None, # None: the network's
 ) -> dict[str, torch.Tensor]: # bool
     "Masks as tensors; one that fits no weight of the network is refused by name"
-    weights = dict(net.named_parameters())
+    weights = dict(net.named_parameters()) if masks else {}
     for name, mask in masks.items():
         if name not in weights: raise UserError(f"the plan has a mask for {name}, which is no weight of this network")
         if tuple(weights[name].shape) != mask.shape: raise UserError(f"the plan's mask for {name} has shape {mask.shape}, the weight has {tuple(weights[name].shape)}")
