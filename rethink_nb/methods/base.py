@@ -14,7 +14,8 @@ from math import floor
 from torch import nn
 
 from ..arch.measure import round_up
-from ..arch.spec import Arch, arch_of
+from ..arch.rebuild import arch_of
+from ..arch.spec import Arch
 from ..arch.zoo import target_widths
 from ..core.errors import UserError
 from ..core.events import Callback

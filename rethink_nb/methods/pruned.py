@@ -16,6 +16,7 @@ from torch import nn
 from ..arch.count import Count, count
 from ..arch.effective import effective
 from ..arch.measure import latencies, peak_memory
+from ..arch.rebuild import filled
 from ..arch.spec import Arch
 from ..arch.zoo import name_of
 from ..core.errors import UserError
@@ -82,7 +83,7 @@ def _cut_masks(net:nn.Module, plan:Plan) -> dict[str, torch.Tensor]:
 @patch
 def whole(self:Pruned) -> nn.Module:
     "The network before pruning, in the weights that the plan applies to"
-    return self.parent.filled({k: v.clone() for k, v in self.weights.items()}).to(next(self.net.parameters()).device)
+    return filled(self.parent, {k: v.clone() for k, v in self.weights.items()}).to(next(self.net.parameters()).device)
 
 # %% ../../nbs/methods/pruned.ipynb #4ff83512
 @patch

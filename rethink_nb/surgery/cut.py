@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from ..arch.parts import Constant
-from ..arch.spec import Arch, arch_of, held
+from ..arch.rebuild import arch_of, filled, held
+from ..arch.spec import Arch
 from ..core.errors import UserError
 from ..core.seed import generator
 from .constants import leftovers, site_over
@@ -56,7 +57,7 @@ def cut(
     whole = state | {k: state[k]*mask for k, mask in fitting(plan.masks, net, "cpu").items()}
     state = cut_state(whole, arch, kept, over)
     # what nobody cut is copied, so that the two networks share nothing
-    small = _with_constants(plan.arch(arch, kept), state, over).filled({k: v.clone() if v is whole.get(k) else v for k, v in state.items()})
+    small = filled(_with_constants(plan.arch(arch, kept), state, over), {k: v.clone() if v is whole.get(k) else v for k, v in state.items()})
     _settings(net, small)
     device = next(net.parameters()).device
     return small if device.type == "cpu" else small.to(device)

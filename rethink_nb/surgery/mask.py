@@ -11,7 +11,7 @@ from copy import deepcopy
 import torch
 from torch import nn
 
-from ..arch.spec import arch_of
+from ..arch.rebuild import arch_of
 from ..core.errors import UserError
 from .plan import Plan, WeightMask, owned, routed
 

@@ -15,7 +15,8 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import nn
 
-from ..arch.spec import Arch, arch_of
+from ..arch.rebuild import arch_of
+from ..arch.spec import Arch
 from ..core.errors import UserError
 from ..core.files import folder, write_bytes
 from .plan import Plan
