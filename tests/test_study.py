@@ -205,3 +205,12 @@ def test_a_finished_demo_takes_seconds(demo):
     before, began = stamps(Store(demo/"demo"/"runs")), time.time()
     assert command(["demo"], demo).returncode == 0
     assert stamps(Store(demo/"demo"/"runs")) == before and time.time() - began < 30
+
+
+def test_controls_have_the_widths_of_what_they_control_where_dense_layers_are_gone():
+    from rethink_nb.methods import pruned_arch
+    from rethink_nb.study import Study
+    for arch in ("densenet40", "densenet-bc-100"):
+        s = Study(data="digits", arch=arch, method="l1", ratios=[.7], seeds=1, width=.25)
+        small, request = pruned_arch("l1", s.base, .7), s.prune_run("random-channels", .7, 0).request
+        assert any(x.kind == "constant" for x in small.sites()) and pruned_arch("random-channels", s.base, **request) == small

@@ -62,7 +62,7 @@ def check(net, plan, tmp, seen: Counter):
     except UserError as e: # without the constants nothing is left to read: no such network can be trained
         assert "would have 0 channels" in str(e) and small.arch.family == "densenet"
         return small
-    assert scratch.arch == small.arch.scratch() and not scratch.arch.constants and scratch(x.float()).shape == (2, 10)
+    assert scratch.arch == small.arch.scratch() == scratch.arch.scratch() and not scratch.arch.constants and scratch(x.float()).shape == (2, 10)
     return small
 
 
@@ -85,7 +85,7 @@ def run_cases(name, n, tmp):
 
 
 @pytest.mark.parametrize("name", ARCHS)
-def test_random_plans(name, tmp_path): run_cases(name, 15, tmp_path)
+def test_random_plans(name, tmp_path): assert run_cases(name, 15, tmp_path)["cuts"] > 15
 
 
 @pytest.mark.slow

@@ -53,7 +53,7 @@ def remarks(self:Pruned) -> list[str]:
     "What the numbers alone do not say: blocks that are gone, constants they left, weights that are zero"
     gone = {s.block for s in self.arch.sites() if s.block and not s.width} - {s.block for s in self.parent.sites() if s.block and not s.width}
     from rethink_nb.report.networks import name_runs
-    lines = [f"{len(gone)} branch{'es are' if len(gone) > 1 else ' is'} gone: {name_runs([s.block for s in self.arch.sites() if s.block in gone and s.free])}"] if gone else []
+    lines = [f"{len(gone)} branch{'es are' if len(gone) > 1 else ' is'} gone: {name_runs([s.block for s in self.arch.sites() if s.block in gone and not s.of])}"] if gone else []
     if self.arch.constants:
         lines.append(f"constants stay at {name_runs([c.at for c in self.arch.constants])}; training from scratch leaves them out")
     if self.masks: lines.append(f"weights: {effective(self.net)}")

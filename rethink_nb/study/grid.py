@@ -17,7 +17,7 @@ from ..arch.zoo import networks
 from ..core.errors import UserError
 from ..core.record import Record, check_types
 from ..methods.all import methods
-from ..methods.base import pruned_arch
+from ..methods.base import inner_sites, pruned_arch
 from ..training.arms import Arm, arms
 from ..training.data import datasets
 from ..training.recipe import Recipe
@@ -176,7 +176,8 @@ def prune_run(self:Study, method:str, ratio:float, seed:int) -> Run:
     "The pruning of a parent"
     parent = self.parent_run(seed)
     # a control is asked for the very widths of the method under trial
-    request = {"ratio": ratio} if method == self.method else {"widths": {s.name: s.width for s in pruned_arch(self.method, self.base, ratio).sites() if s.free}}
+    small = pruned_arch(self.method, self.base, ratio)
+    request = {"ratio": ratio} if method == self.method else {"widths": {s.name: small.site(s.name).width for s in inner_sites(self.base)}}
     return Run(kind="prune", data=parent.data, arch=parent.arch, method=method, version=methods.get(method).version, request=request, start=parent, seed=seed)
 
 # %% ../../nbs/study/grid.ipynb #280cfe78

@@ -168,9 +168,8 @@ def widths_frame(studies:Iterable[Study]):
     from pandas import DataFrame
     rows = []
     for s in studies:
-        full = {x.name: x.width for x in s.base.sites()}
         small = {c.ratio: c.run.arch for c in s.cells() if c.ratio and c.run.kind == "train"}
-        rows += [dict(data=s.data, network=s.arch, method=s.method, ratio=r, site=x.name, width=x.width, full=full[x.name]) for r, a in small.items() for x in a.sites() if x.free]
+        rows += [dict(data=s.data, network=s.arch, method=s.method, ratio=r, site=x.name, width=a.site(x.name).width, full=x.width) for r, a in small.items() for x in s.base.sites() if x.free]
     return DataFrame(rows)
 
 # %% ../../nbs/study/trial.ipynb #0765ffa0

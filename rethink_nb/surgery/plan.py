@@ -153,4 +153,6 @@ def _reroute(arch:Arch, site:Site, kept:dict, sites:dict[str, Site]) -> tuple[in
 def scratch(self:Arch) -> Arch:
     "The same architecture without what pruned weights have left behind"
     bare = self.replace(constants=()).check()
-    return Plan(parent=bare.id, keep={s.name: () for s in bare.sites() if s.kind == "constant"}).arch(bare)
+    gone = {s.name: () for s in bare.sites() if s.kind == "constant" and s.width}
+    # without its channels a layer behind may have nothing left to read, and goes as well
+    return Plan(parent=bare.id, keep=gone).arch(bare).scratch() if gone else bare
