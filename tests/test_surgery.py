@@ -157,8 +157,9 @@ def test_what_is_no_weight_is_kept_as_well():
     net = a.build()
     net.bn.momentum, net.bn.training = .01, False
     net.conv.weight.requires_grad_(False)
-    small = cut(net, Plan(parent=a.id, keep={"stage1.block1": (0,)}))
-    assert (small.bn.momentum, small.bn.training, small.conv.weight.requires_grad, small.fc.weight.requires_grad) == (.01, False, False, True)
+    for keep in ({"stage1.block1": (0,)}, {"stage1": (0, 2)}): # the second changes a shortcut, for which the masked network is built anew
+        for other in (cut(net, Plan(parent=a.id, keep=keep)), masked(net, Plan(parent=a.id, keep=keep))):
+            assert (other.bn.momentum, other.bn.training, other.conv.weight.requires_grad, other.fc.weight.requires_grad) == (.01, False, False, True)
 
 
 def test_networks_with_constants_are_pruned_again():

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .parts import BatchNorm2d, Conv2d, Linear, Read, Rest, init_
+from .parts import BatchNorm2d, Conv2d, Read, ReadingNet, Rest, blocks, normed
 from .spec import Arch, Site, per_arch
 
 # %% ../../nbs/arch/densenet.ipynb #519dda3f
@@ -43,7 +43,7 @@ def _layers(arch:Arch) -> list[tuple[int, str, int, int | None]]:
     "(stage, name, growth, inner width or None) of each layer, front to back"
     n, total = len(arch.stages), sum(arch.stages)
     inner = arch.widths[n + total:] if arch.switches.bottleneck else [None]*total
-    names = [(s, f"stage{s}.layer{k}") for s, m in enumerate(arch.stages, 1) for k in range(1, m + 1)]
+    names = [(s, f"stage{s}.layer{k}") for s, k in blocks(arch.stages)]
     return [(s, at, w, i) for (s, at), w, i in zip(names, arch.widths[n:], inner)]
 
 # %% ../../nbs/arch/densenet.ipynb #2dcb4efa
@@ -76,18 +76,12 @@ def _before(arch:Arch, stage:int, layers:int) -> tuple[str, ...]:
 def _selects(arch:Arch, name:str, of:tuple[str, ...], **more) -> Site:
     "A site that selects from these streams"
     width = dict(zip(_bases(arch), arch.widths)) | {at: w for _, at, w, _ in _layers(arch)}
-    chosen = arch.selection(name)
-    return Site(name=name, width=sum(width[n] for n in of) if chosen is None else len(chosen), kind="in", of=of, **more)
-
-# %% ../../nbs/arch/densenet.ipynb #d357d3d2
-def _normed(arch:Arch, norm:str) -> dict[str, tuple[str]]:
-    "Whether a batch norm is over what is selected or over everything"
-    return {"whole" if arch.switches.select_after_norm else "norms": (norm,)}
+    return Site(name=name, width=arch.selects(name, sum(width[n] for n in of)), kind="in", of=of, **more)
 
 # %% ../../nbs/arch/densenet.ipynb #e7784160
 def _reads(arch:Arch, at:str, stage:int, index:int) -> Site:
     "What a layer reads; `index` counts layers from the first of all"
-    modules = {} if _silent(arch, at) else dict(ins=(f"{at}.conv1",), **_normed(arch, f"{at}.bn1"))
+    modules = {} if _silent(arch, at) else dict(ins=(f"{at}.conv1",), **normed(arch.switches.select_after_norm, f"{at}.bn1"))
     return _selects(arch, f"{at}.in", _before(arch, stage, index - sum(arch.stages[:stage - 1])), stage=stage, block=at, **modules)
 
 # %% ../../nbs/arch/densenet.ipynb #8700a4cc
@@ -96,7 +90,7 @@ def _ends(arch:Arch, stage:int) -> Site:
     last = stage == len(arch.stages)
     norm, conv = ("bn", "fc") if last else (f"transition{stage}.bn", f"transition{stage}.conv")
     return _selects(arch, "head.in" if last else f"transition{stage}.in", _before(arch, stage, arch.stages[stage - 1]), stage=stage,
-                    ins=(conv,), **_normed(arch, norm))
+                    ins=(conv,), **normed(arch.switches.select_after_norm, norm))
 
 # %% ../../nbs/arch/densenet.ipynb #02946e38
 class Layer(nn.Module):
@@ -133,18 +127,15 @@ class Transition(nn.Module):
     def forward(self, x:torch.Tensor) -> torch.Tensor:
         return F.avg_pool2d(self.conv(self.relu(self.read(x, self.bn))), 2)
 
-# %% ../../nbs/arch/densenet.ipynb #c5f20d21
-class Net(nn.Module):
+# %% ../../nbs/arch/densenet.ipynb #19715fc6
+class Net(ReadingNet):
     "The network of a DenseNet `Arch`"
     def __init__(self, arch:Arch):
         super().__init__()
         self.arch, self.stages = arch, []
         self.conv = Conv2d(arch.input[0], arch.widths[0], 3, padding=1, bias=False)
         for s in range(1, len(arch.stages) + 1): channels = self._add_stage(s, arch.widths[s - 1])
-        self.read = Read(arch.selection("head.in"), channels, arch.switches.select_after_norm)
-        self.bn, self.relu = BatchNorm2d(self.read.normed), nn.ReLU(inplace=True)
-        # sized to the last map: the reference's counter knows this kind of pool and not the adaptive one
-        self.pool, self.fc = nn.AvgPool2d([n//2**(len(arch.stages) - 1) for n in arch.input[1:]]), Linear(self.read.width, arch.classes)
+        self.add_head(channels, tuple(n//2**(len(arch.stages) - 1) for n in arch.input[1:]))
 
     def _add_stage(self, stage:int, channels:int) -> int: # channels at its end
         "A stage's layers and the transition behind it"
@@ -157,13 +148,3 @@ class Net(nn.Module):
             self.add_module(f"transition{stage}", Transition(self.arch, stage, channels))
             self.stages.append(f"transition{stage}")
         return channels
-
-    def init_(self):
-        "Draw the starting weights, in place; the classifier keeps torch's"
-        init_(self, self.arch.switches.conv_init, self.arch.switches.bn_init)
-
-    def forward(self, x:torch.Tensor) -> torch.Tensor:
-        "Images (N,C,H,W) to logits (N,classes)"
-        x = self.conv(x)
-        for name in self.stages: x = self.get_submodule(name)(x)
-        return self.fc(self.pool(self.relu(self.read(x, self.bn))).flatten(1))

@@ -9,7 +9,7 @@ __all__ = ['n_sites', 'least_side', 'sites', 'Block', 'Net']
 import torch
 from torch import nn
 
-from .parts import BatchNorm2d, Conv2d, Linear, Read, Rest, init_, named, scatter
+from .parts import BatchNorm2d, Conv2d, Read, ReadingNet, Rest, blocks, named, normed, scatter
 from .spec import Arch, Site
 
 # %% ../../nbs/arch/preresnet.ipynb #2de2e7ee
@@ -25,17 +25,12 @@ def least_side(arch:Arch) -> int:
 # %% ../../nbs/arch/preresnet.ipynb #bba2cc88
 def sites(arch:Arch) -> tuple[Site, ...]:
     "Streams (stem, stage1, ...), the two inner widths of each block, then selections (stage1.block1.in, ..., head.in)"
-    inner = {at: ws for at, ws in zip(_blocks(arch), _inner_widths(arch))}
+    inner = {at: ws for at, ws in zip(blocks(arch.stages), _inner_widths(arch))}
     live = [at for at, ws in inner.items() if all(ws)]
     streams = [_stream(arch, s, live) for s in range(len(arch.stages) + 1)]
     chosen = [x for s, b in live for x in (_reads(arch, f"stage{s}.block{b}", _source(s, b), s), _writes(arch, f"stage{s}.block{b}", s))]
     return (*streams, *(x for (s, b), ws in inner.items() for x in _inner(s, b, ws)), *chosen, _head(arch), Site(
-        name="stem.out", width=_selected(arch, "stem.out", 0), stage=1, kind="out", of=("stem",), outs=("conv",)))
-
-# %% ../../nbs/arch/preresnet.ipynb #43ae967e
-def _blocks(arch:Arch) -> list[tuple[int, int]]:
-    "(stage, block) pairs, both 1-based, front to back"
-    return [(s, b) for s, n in enumerate(arch.stages, 1) for b in range(1, n + 1)]
+        name="stem.out", width=arch.selects("stem.out", arch.widths[0]), stage=1, kind="out", of=("stem",), outs=("conv",)))
 
 # %% ../../nbs/arch/preresnet.ipynb #2d6946b2
 def _inner_widths(arch:Arch) -> list[tuple[int, int]]:
@@ -48,12 +43,6 @@ def _source(stage:int, block:int) -> int: return stage - 1 if block == 1 else st
 
 # %% ../../nbs/arch/preresnet.ipynb #91ae1526
 def _name(stream:int) -> str: return f"stage{stream}" if stream else "stem"
-
-# %% ../../nbs/arch/preresnet.ipynb #b1b618b4
-def _selected(arch:Arch, site:str, stream:int) -> int:
-    "How many channels of a stream a site selects"
-    chosen = arch.selection(site)
-    return arch.widths[stream] if chosen is None else len(chosen)
 
 # %% ../../nbs/arch/preresnet.ipynb #c133daf7
 def _inner(stage:int, block:int, widths:tuple[int, int]) -> tuple[Site, Site]:
@@ -75,25 +64,20 @@ def _stream(arch:Arch, stream:int, live:list[tuple[int, int]]) -> Site:
 # %% ../../nbs/arch/preresnet.ipynb #148eeccc
 def _reads(arch:Arch, at:str, stream:int, stage:int) -> Site:
     "What a block reads"
-    return Site(name=f"{at}.in", width=_selected(arch, f"{at}.in", stream), stage=stage, kind="in", block=at, of=(_name(stream),),
-                ins=(f"{at}.conv1",), **_normed(arch, f"{at}.bn1"))
-
-# %% ../../nbs/arch/preresnet.ipynb #74273093
-def _normed(arch:Arch, norm:str) -> dict[str, tuple[str]]:
-    "Whether a batch norm is over what is selected or over everything"
-    return {"whole" if arch.switches.select_after_norm else "norms": (norm,)}
+    return Site(name=f"{at}.in", width=arch.selects(f"{at}.in", arch.widths[stream]), stage=stage, kind="in", block=at, of=(_name(stream),),
+                ins=(f"{at}.conv1",), **normed(arch.switches.select_after_norm, f"{at}.bn1"))
 
 # %% ../../nbs/arch/preresnet.ipynb #de13a213
 def _writes(arch:Arch, at:str, stage:int) -> Site:
     "What a block adds to"
-    return Site(name=f"{at}.out", width=_selected(arch, f"{at}.out", stage), stage=stage, kind="out", block=at, of=(_name(stage),), outs=(f"{at}.conv3",))
+    return Site(name=f"{at}.out", width=arch.selects(f"{at}.out", arch.widths[stage]), stage=stage, kind="out", block=at, of=(_name(stage),), outs=(f"{at}.conv3",))
 
 # %% ../../nbs/arch/preresnet.ipynb #e3bb3ea9
 def _head(arch:Arch) -> Site:
     "What the classifier reads"
     last = len(arch.stages)
-    return Site(name="head.in", width=_selected(arch, "head.in", last), stage=last, kind="in", of=(_name(last),),
-                ins=("fc",), **_normed(arch, "bn"))
+    return Site(name="head.in", width=arch.selects("head.in", arch.widths[last]), stage=last, kind="in", of=(_name(last),),
+                ins=("fc",), **normed(arch.switches.select_after_norm, "bn"))
 
 # %% ../../nbs/arch/preresnet.ipynb #ad505634
 class Block(nn.Module):
@@ -124,29 +108,15 @@ class Block(nn.Module):
         if not self.dead: return self.branch(x) + short
         return short + self.rest(x) if self.rest else short
 
-# %% ../../nbs/arch/preresnet.ipynb #d897f520
-class Net(nn.Module):
+# %% ../../nbs/arch/preresnet.ipynb #22503e34
+class Net(ReadingNet):
     "The network of a PreResNet `Arch`"
     def __init__(self, arch:Arch):
         super().__init__()
         self.arch, writes, inner, last = arch, arch.selection("stem.out"), iter(_inner_widths(arch)), arch.widths[len(arch.stages)]
         self.conv = Conv2d(arch.input[0], arch.widths[0] if writes is None else len(writes), 3, 1, 1, bias=False)
-        self.scatter = None if writes is None else scatter(writes, arch.widths[0])
+        self.scatter, self.scattered = None if writes is None else scatter(writes, arch.widths[0]), writes is not None
         self.stages = [f"stage{s}" for s in range(1, len(arch.stages) + 1)]
         for s, name in enumerate(self.stages, 1):
             self.add_module(name, named(**{f"block{b}": Block(arch, s, b, next(inner)) for b in range(1, arch.stages[s - 1] + 1)}))
-        self.read = Read(arch.selection("head.in"), last, arch.switches.select_after_norm)
-        self.bn, self.relu = BatchNorm2d(self.read.normed), nn.ReLU(inplace=True)
-        # sized to the last map: the reference's counter knows this kind of pool and not the adaptive one
-        self.pool, self.fc = nn.AvgPool2d([-(-n//2**(len(arch.stages) - 1)) for n in arch.input[1:]]), Linear(self.read.width, arch.classes)
-
-    def init_(self):
-        "Draw the starting weights, in place; the classifier keeps torch's"
-        init_(self, self.arch.switches.conv_init, self.arch.switches.bn_init)
-
-    def forward(self, x:torch.Tensor) -> torch.Tensor:
-        "Images (N,C,H,W) to logits (N,classes)"
-        x = self.conv(x)
-        if self.scatter: x = self.scatter(x)
-        for name in self.stages: x = self.get_submodule(name)(x)
-        return self.fc(self.pool(self.relu(self.read(x, self.bn))).flatten(1))
+        self.add_head(last, tuple(-(-n//2**(len(arch.stages) - 1)) for n in arch.input[1:]))

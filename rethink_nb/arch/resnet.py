@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .parts import BatchNorm2d, Conv2d, Linear, Pick, Rest, init_, named, scatter
+from .parts import BatchNorm2d, Conv2d, Linear, Pick, Rest, blocks, init_, named, scatter
 from .spec import Arch, Site
 from ..core.errors import UserError
 
@@ -27,17 +27,12 @@ def least_side(arch:Arch) -> int:
 # %% ../../nbs/arch/resnet.ipynb #60ba8509
 def sites(arch:Arch) -> tuple[Site, ...]:
     "Streams (stage1, ...), the widths between a block's convolutions (stage1.block1, ...), then selections (stage1.block1.in, ...)"
-    blocks = _blocks(arch)
-    inner = [_inner(s, b, w) for (s, b), w in zip(blocks, arch.widths[len(arch.stages):])]
-    live = [at for at, w in zip(blocks, inner) if w.width]
+    names = blocks(arch.stages)
+    inner = [_inner(s, b, w) for (s, b), w in zip(names, arch.widths[len(arch.stages):])]
+    live = [at for at, w in zip(names, inner) if w.width]
     streams = [_stream(arch, s, live) for s in range(1, len(arch.stages) + 1)]
     routes = [_route(arch, s) for s in range(2, len(arch.stages) + 1) if arch.switches.shortcut == "pad"]
     return (*streams, *inner, _stem(arch), *(x for s, b in live for x in _selections(arch, s, b)), *routes)
-
-# %% ../../nbs/arch/resnet.ipynb #40202198
-def _blocks(arch:Arch) -> list[tuple[int, int]]:
-    "(stage, block) pairs, both 1-based, front to back"
-    return [(s, b) for s, n in enumerate(arch.stages, 1) for b in range(1, n + 1)]
 
 # %% ../../nbs/arch/resnet.ipynb #30638317
 def _inner(stage:int, block:int, width:int) -> Site:
@@ -49,8 +44,8 @@ def _inner(stage:int, block:int, width:int) -> Site:
 # %% ../../nbs/arch/resnet.ipynb #8011c62f
 def _stream(arch:Arch, stage:int, live:list[tuple[int, int]]) -> Site:
     "The channels that all blocks of a stage add to, the next stage's first block and the classifier read"
-    blocks = [f"stage{s}.block{b}" for s, b in live if s == stage]
-    outs, norms = [f"{b}.conv2" for b in blocks], [f"{b}.bn2" for b in blocks]
+    own = [f"stage{s}.block{b}" for s, b in live if s == stage]
+    outs, norms = [f"{b}.conv2" for b in own], [f"{b}.bn2" for b in own]
     if stage == 1: outs, norms = ["conv", *outs], ["bn", *norms]
     elif arch.switches.shortcut == "projection": outs, norms = [f"stage{stage}.block1.shortcut.conv", *outs], [f"stage{stage}.block1.shortcut.bn", *norms]
     return Site(name=f"stage{stage}", width=arch.widths[stage - 1], stage=stage, kind="stream", outs=tuple(outs), norms=tuple(norms), ins=_readers(arch, stage, live))
@@ -67,15 +62,14 @@ def _readers(arch:Arch, stage:int, live:list[tuple[int, int]]) -> tuple[str, ...
 def _selections(arch:Arch, stage:int, block:int) -> tuple[Site, Site]:
     "What a block reads and writes"
     at, source, target = f"stage{stage}.block{block}", stage - 1 if block == 1 and stage > 1 else stage, stage
-    size = lambda name, s: arch.widths[s - 1] if (chosen := arch.selection(name)) is None else len(chosen)
+    size = lambda name, s: arch.selects(name, arch.widths[s - 1])
     return (Site(name=f"{at}.in", width=size(f"{at}.in", source), stage=stage, kind="in", block=at, of=(f"stage{source}",), ins=(f"{at}.conv1",)),
             Site(name=f"{at}.out", width=size(f"{at}.out", target), stage=stage, kind="out", block=at, of=(f"stage{target}",), outs=(f"{at}.conv2",), norms=(f"{at}.bn2",)))
 
 # %% ../../nbs/arch/resnet.ipynb #11964e8a
 def _stem(arch:Arch) -> Site:
     "The channels of the first stream that the first convolution fills"
-    chosen = arch.selection("stem.out")
-    return Site(name="stem.out", width=arch.widths[0] if chosen is None else len(chosen), stage=1, kind="out", of=("stage1",), outs=("conv",), norms=("bn",))
+    return Site(name="stem.out", width=arch.selects("stem.out", arch.widths[0]), stage=1, kind="out", of=("stage1",), outs=("conv",), norms=("bn",))
 
 # %% ../../nbs/arch/resnet.ipynb #6d3ecce2
 def _route(arch:Arch, stage:int) -> Site:
@@ -162,9 +156,7 @@ class Net(nn.Module):
         self.pool = nn.AvgPool2d([-(-n//2**(len(arch.stages) - 1)) for n in arch.input[1:]])
         self.fc = Linear(arch.widths[len(arch.stages) - 1], arch.classes)
 
-    def init_(self):
-        "Draw the starting weights, in place; the classifier keeps torch's"
-        init_(self, self.arch.switches.conv_init, self.arch.switches.bn_init)
+    init_ = init_
 
     def forward(self, x:torch.Tensor) -> torch.Tensor:
         "Images (N,C,H,W) to logits (N,classes)"

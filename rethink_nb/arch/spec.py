@@ -92,7 +92,7 @@ _remembered = []
 
 def per_arch(f):
     "Decorator: remember a function's answers for the last architectures, until a family is registered"
-    cached = lru_cache(maxsize=4096)(f)
+    cached = lru_cache(maxsize=512)(f)
     _remembered.append(cached)
     return cached
 
@@ -147,11 +147,21 @@ def selection(self:Arch, name:str) -> tuple[int, ...] | None:
 
 # %% ../../nbs/arch/spec.ipynb #8db64ab9
 @patch
+def selects(self:Arch,
+    name:str, # an in or out site
+    width:int, # of what it selects from
+) -> int:
+    "How many channels a site selects"
+    chosen = self.selection(name)
+    return width if chosen is None else len(chosen)
+
+# %% ../../nbs/arch/spec.ipynb #c6786bae
+@patch
 def constant(self:Arch, at:str) -> bool:
     "Whether a constant is added at this module"
     return any(c.at == at for c in self.constants)
 
-# %% ../../nbs/arch/spec.ipynb #c6786bae
+# %% ../../nbs/arch/spec.ipynb #ad9de92d
 @patch
 def check(self:Arch) -> Arch:
     "The same value, or a refusal that names what cannot work"
@@ -185,7 +195,7 @@ def _check_selection(arch:Arch, site:Site, channels:tuple[int, ...]):
     if used != sorted(set(used)): raise UserError(f"{site.name}: selected channels must be ascending and different")
     if used and not 0 <= used[0] <= used[-1] < total: raise UserError(f"{site.name} selects from channels 0 to {total - 1}, but has {used[0]} to {used[-1]}")
 
-# %% ../../nbs/arch/spec.ipynb #ad9de92d
+# %% ../../nbs/arch/spec.ipynb #14722a35
 @patch
 def build(self:Arch,
     seed:int=0, # the same seed gives the same weights
@@ -198,7 +208,7 @@ def build(self:Arch,
     attach_constants(net, self.constants)
     return net
 
-# %% ../../nbs/arch/spec.ipynb #14722a35
+# %% ../../nbs/arch/spec.ipynb #d95ef5bc
 @patch
 def blank(self:Arch) -> nn.Module:
     "A network of this architecture without weights; `load_state_dict(..., assign=True)` gives it some"
@@ -207,7 +217,7 @@ def blank(self:Arch) -> nn.Module:
         attach_constants(net, self.constants)
     return net
 
-# %% ../../nbs/arch/spec.ipynb #d95ef5bc
+# %% ../../nbs/arch/spec.ipynb #bf4db422
 @patch
 def reshaped(self:Arch,
     widths:dict[str, int], # new channel counts of some sites
@@ -236,7 +246,7 @@ def _everything(site:Site, size:dict[str, int]) -> tuple[int, ...]:
     source, target = (size[n] for n in site.of)
     return tuple(c if c < source else -1 for c in range(target))
 
-# %% ../../nbs/arch/spec.ipynb #bf4db422
+# %% ../../nbs/arch/spec.ipynb #d3c3c0a6
 @patch
 def with_widths(self:Arch,
     widths:dict[str, int], # new channel counts of some sites, by name

@@ -65,7 +65,7 @@ def _prune(run:Run, store:Store, data:Data, device:torch.device) -> dict:
     if not verdict.ok: raise RuntimeError(f"run {run.id}: the smaller network is not the masked one ({verdict})")
     net, data, precision = p.net.to(device, memory_format=torch.channels_last), data.to(device), run.lineage()[0].recipe.precision
     scores = {f"{k}_{m}": v for k in ("test", "val") for m, v in zip(("loss", "acc"), evaluate(net, data.splits[k], data, precision=precision))}
-    return store.finish(run, net, scores, Cost(seconds=seconds).to_dict(), files={"plan.json": json.dumps(p.plan.to_dict())},
+    return store.finish(run, net, scores, Cost(seconds=seconds).to_dict(), plan=p.plan,
                         exactness=dict(max_error=verdict.max_error, scale=verdict.scale), device=str(device), data_sha256=data.checksum)
 
 # %% ../../nbs/study/run.ipynb #73372ee9

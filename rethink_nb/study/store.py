@@ -17,10 +17,11 @@ from torch import nn
 
 from .. import __version__
 from ..core.errors import UserError
-from ..core.files import folder, write_bytes, write_text
+from ..core.files import folder, write_text
 from ..core.record import read_json
 from .grid import Run
-from ..surgery.saved import load, weights_of
+from ..surgery.plan import Plan
+from ..surgery.saved import load, save
 
 # %% ../../nbs/study/store.ipynb #39bf0b15
 class Store:
@@ -106,20 +107,16 @@ def finish(self:Store,
     metrics:dict, # test_acc, ...
     cost:dict, # from a `Cost`
     curve=None, # DataFrame, a row an epoch
-    files:dict[str, str] | None=None, # more text files by name
+    plan:Plan | None=None, # of a pruning
     device:str="cpu", # that was used
     **more, # further entries of the record
 ) -> dict: # the record
     "Put a finished run in place; with the same folder there already, the new one stays"
-    at = self.work(run)
-    data = weights_of(net)
-    write_bytes(at/"weights.safetensors", data)
-    net.arch.write(at/"arch.json")
+    at = save(self.work(run), net, plan)
     if curve is not None: write_text(at/"curve.csv", curve.to_csv(index=False))
-    for name, text in (files or {}).items(): write_text(at/name, text)
     c = net.arch.count()
     return self._place(run, dict(status="done", metrics=metrics, cost=cost, params=c.params, macs=c.macs, flops=c.flops,
-                                 weights_sha256=hashlib.sha256(data).hexdigest(), **more), device)
+                                 weights_sha256=hashlib.sha256((at/"weights.safetensors").read_bytes()).hexdigest(), **more), device)
 
 # %% ../../nbs/study/store.ipynb #859b6f9f
 @patch

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..arch.parts import Constant
-from ..arch.rebuild import arch_of, filled, held
+from ..arch.rebuild import arch_of, filled, held, keep_settings
 from ..arch.spec import Arch
 from ..core.errors import UserError
 from ..core.seed import generator
@@ -58,20 +58,9 @@ def cut(
     state = cut_state(whole, arch, kept, over)
     # what nobody cut is copied, so that the two networks share nothing
     small = filled(_with_constants(plan.arch(arch, kept), state, over), {k: v.clone() if v is whole.get(k) else v for k, v in state.items()})
-    _settings(net, small)
+    keep_settings(net, small)
     device = next(net.parameters()).device
     return small if device.type == "cpu" else small.to(device)
-
-# %% ../../nbs/surgery/cut.ipynb #06f7c31d
-def _settings(net:nn.Module, small:nn.Module):
-    "What is neither in the Arch nor in the state: training or evaluation, momentum of batch norms, parameters that are frozen"
-    there = dict(small.named_modules())
-    for name, m in net.named_modules():
-        if name not in there: continue
-        new, old = vars(there[name]), vars(m) # a module's own table: setting attributes one by one took a tenth of the whole cut
-        new.update({k: old[k] for k in ("training", "momentum") if k in old})
-        for k, p in old["_parameters"].items():
-            if p is not None and not p.requires_grad: new["_parameters"][k].requires_grad_(False)
 
 # %% ../../nbs/surgery/cut.ipynb #95d1cab8
 def _with_constants(arch:Arch, state:dict[str, torch.Tensor], over:dict[str, str]) -> Arch:

@@ -11,9 +11,9 @@ from copy import deepcopy
 import torch
 from torch import nn
 
-from ..arch.rebuild import arch_of
+from ..arch.rebuild import arch_of, filled, held, keep_settings
 from ..core.errors import UserError
-from .plan import Plan, WeightMask, owned, routed
+from .plan import Plan, WeightMask, alive, owned, routed
 
 # %% ../../nbs/surgery/mask.ipynb #26090692
 @torch.no_grad()
@@ -51,11 +51,11 @@ def _rerouted(net:nn.Module, kept:dict) -> nn.Module:
     "A copy whose shortcuts bring nothing to channels that are gone"
     routes = [s for s in net.arch.sites() if s.kind == "route" and any(n in kept for n in s.of)]
     if not routes: return deepcopy(net)
-    alive = lambda n: set(kept.get(n, range(net.arch.site(n).width)))
-    silent = {s.name: tuple(c if c in alive(s.of[0]) and j in alive(s.of[1]) else -1 for j, c in enumerate(routed(net.arch, s))) for s in routes}
-    big = net.arch.reshaped({}, silent).blank()
-    big.load_state_dict({k: v.detach().clone() for k, v in net.state_dict().items()}, assign=True)
-    return big.to(next(net.parameters()).device).train(net.training)
+    stays = {n: alive(kept, [net.arch.site(n)]) for s in routes for n in s.of}
+    silent = {s.name: tuple(c if c >= 0 and stays[s.of[0]][c] and stays[s.of[1]][j] else -1 for j, c in enumerate(routed(net.arch, s))) for s in routes}
+    big = filled(net.arch.reshaped({}, silent), {k: v.clone() for k, v in held(net).items()}).to(next(net.parameters()).device)
+    keep_settings(net, big)
+    return big
 
 # %% ../../nbs/surgery/mask.ipynb #4999160f
 def fitting(
