@@ -5,6 +5,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rethink_nb.arch import Arch, zoo
 from rethink_nb.arch.count import count
+from rethink_nb.surgery import Plan
 from rethink_nb.training import recipe, scratch_b
 
 #        name             params      MACs         reference FLOPs
@@ -126,6 +127,18 @@ def test_ids_stay():
     s = Study(data="digits", arch="vgg-digits")
     assert (zoo.arch("vgg16").id, recipe("cifar").id) == ("b6b04b537f5a", "7df89b8272d4")
     assert [s.id, s.parent_run(1).id, s.prune_run("l1", .5, 1).id, s.prune_run("l1", .5, 1).group] == ["d0414ac3a49d", "82518e907312", "50dacb4eab52", "2114dd327e3c"]
+    r = Study(data="digits", arch="resnet8-digits")
+    assert [r.id, r.prune_run("l1", .5, 1).id, r.prune_run("random-channels", .5, 1).id] == ["ecdaefb62843", "29b2513d92d2", "8afa8ec5fa6e"]
+    assert [zoo.arch(n).id for n in ("resnet56-B", "preresnet164", "densenet40")] == ["34b26d0d8a39", "ddbe495209d4", "39e7392ec5c7"]
+
+
+def test_records_of_older_versions_are_read(tmp_path):
+    "Files written before records said their kind and schema"
+    (tmp_path/"arch.json").write_text('{"family": "resnet", "stages": [1, 1, 1], "widths": [8, 16, 32, 4, 16, 32], "input": [1, 8, 8]}')
+    (tmp_path/"plan.json").write_text('{"parent": "17da336d07d0", "keep": {"stage1.block1": [0, 2, 5, 7]}, "method": "l1", "options": {"ratio": [0.5, 0.0, 0.0], "seed": 0}}')
+    parent = zoo.arch("resnet8-digits")
+    assert Arch.read(tmp_path/"arch.json") == Plan.read(tmp_path/"plan.json").arch(parent)
+
 
 
 # facts/surgery_and_flops.md section 5: torchvision's own ResNets and VGG (no module for pooling, no bias in downsampling convolutions)

@@ -5,6 +5,7 @@ from torch import nn
 
 from rethink_nb import methods
 from rethink_nb.arch import Arch, Family, Site, register_family
+from rethink_nb.arch.count import count
 from rethink_nb.core import UserError
 from rethink_nb.surgery import Plan, cut, fresh, load, masked, save, verify
 
@@ -37,7 +38,7 @@ def test_a_family_of_ones_own(method, tmp_path):
     net = a.build(seed=1).double()
     for bn in (m for m in net.modules() if isinstance(m, nn.BatchNorm2d)): nn.init.uniform_(bn.running_mean); nn.init.uniform_(bn.bias)
     p = methods.prune(method, net, .5)
-    assert p.verify(tolerance=1e-9).ok and p.arch.count() == p.after and p.after.params == sum(q.numel() for q in p.net.parameters())
+    assert p.verify(tolerance=1e-9).ok and count(p.net, a.input) == p.arch.count() == p.after and p.after.params == sum(q.numel() for q in p.net.parameters())
     one = Plan(parent=a.id, keep={"conv4": (7,)}, constants=True)
     assert verify(masked(net, one), cut(net, one), tolerance=1e-9).ok
     save(tmp_path/"small", p.net, p.plan)

@@ -1,5 +1,6 @@
 "Every method on every family: what is cut equals what is masked, and survives being written and read."
 from contextlib import contextmanager
+from copy import deepcopy
 from random import Random
 
 import pytest
@@ -8,7 +9,8 @@ import torch
 from rethink_nb import methods
 from rethink_nb.arch import Arch, zoo
 from rethink_nb.core.errors import UserError
-from rethink_nb.surgery import Plan, cut, masked, verify
+from rethink_nb.surgery import Plan, cut, fresh, masked, pack, verify
+from rethink_nb.testing.families import random_plan
 from rethink_nb.testing.toys import random_bn, toy_archs
 
 ARCHS = {**toy_archs(), "vgg16": zoo.arch("vgg16", width=.125), "vgg16-lottery": zoo.arch("vgg16-lottery", width=.125),
@@ -173,3 +175,41 @@ def test_networks_with_constants_are_pruned_again():
 def test_half_precision_is_not_taken_for_a_fault():
     net = random_bn(zoo.arch("densenet40", width=.5).build())
     for kind in (torch.bfloat16, torch.float16): assert methods.prune("l1", net.to(kind), .4).verify().ok
+
+
+def test_masks_start_from_scratch_where_layers_are_gone():
+    "A dense layer that gives constants alone is left out from scratch, and the masks of its readers are cut with it"
+    net = random_bn(zoo.densenet(3, growth=4, input=(1, 8, 8)).build()).eval()
+    mask = torch.rand(net.get_submodule("stage1.layer3.conv1").weight.shape, generator=torch.Generator().manual_seed(0)) < .5
+    p = methods.carry_out(net, Plan(parent=net.arch.id, keep={"stage1.layer2.in": (), "stage1.layer1": (0, 2)}, masks={"stage1.layer3.conv1.weight": pack(mask)}))
+    assert p.verify().ok and p.arch.site("stage1.layer2").kind == "constant"
+    start = fresh(p.arch, p.masks, seed=1)
+    stays = [*range(8), 8, 10] # the base and what is left of layer 1
+    assert start.arch == p.arch.scratch() and torch.equal(start.stage1.layer3.conv1.weight != 0, mask[:, stays])
+    with pytest.raises(UserError, match="fits no weight"): fresh(p.arch, {"stage1.layer3.conv1.weight": mask}, seed=1)
+    start.train()(torch.randn(2, 1, 8, 8)).sum().backward()
+
+
+def test_scores_that_are_not_numbers_are_refused():
+    net = toy_archs()["vgg"].build()
+    torch.nn.init.constant_(net.features.conv2.weight, float("nan"))
+    with pytest.raises(UserError, match="conv2 has scores that are not finite"): methods.prune("l1", net, .5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("arch", ["vgg", "resnet", "preresnet", "densenet", "densenet-bc", "resnet50-lottery"])
+@pytest.mark.parametrize("seed", range(4))
+def test_on_a_gpu_it_is_the_same(arch, seed):
+    "Selections, routes, constants and weight masks on the device: cut = masked, and both are what the CPU makes of the same plan"
+    net = random_bn(ARCHS[arch].build(seed), seed).double().eval()
+    for again in (0, 1): # the second time from a network with selections and constants
+        plan = random_plan(net, 2*seed + again, constants=seed % 2 == 1)
+        try: here = methods.carry_out(net, plan)
+        except UserError: return
+        there = methods.carry_out(deepcopy(net).cuda(), plan)
+        assert there.verify(tolerance=1e-9).ok and all(t.is_cuda for t in (*there.net.state_dict().values(), *(there.masks or {}).values()))
+        assert verify(here.net, deepcopy(there.net).cpu(), tolerance=1e-9).ok and there.arch == here.arch
+        single = methods.carry_out(deepcopy(net).float().cuda(), plan)
+        assert single.verify().ok # TF32 or not
+        assert fresh(here.arch, here.masks, seed=1).arch == fresh(there.arch, there.masks, seed=1).arch
+        net = random_bn(here.net, seed + 1).eval()

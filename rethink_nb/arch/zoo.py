@@ -134,17 +134,15 @@ def arch(
 ) -> Arch:
     "The architecture of that name; an unknown name is answered with the nearest ones"
     a = networks.get(name)(classes=classes, width=width, **({} if input is None else dict(input=tuple(input))))
-    return a.replace(switches=_switched(a.family, a.switches, switches)) if switches else a
+    return a.replace(switches=_switched(a, switches)).check() if switches else a
 
-# %% ../../nbs/arch/zoo.ipynb #2870bfb4
-_OWN = dict(vgg=("head", "conv_bias", "bn_init", "conv_init"), resnet=("detach_shortcut", "shortcut", "bn_init", "conv_init"),
-            preresnet=("select_after_norm", "bn_init", "conv_init"), densenet=("select_after_norm", "bn_init", "conv_init"))
-
-def _switched(family:str, given:Switches, switches:dict) -> Switches:
+# %% ../../nbs/arch/zoo.ipynb #c04df0a2
+def _switched(a:Arch, switches:dict) -> Switches:
     "Some switches set; one that the family does not look at is refused"
+    own = [n for n in a.module().switches if n != "bottleneck"] # with which it would have other widths too, and another name
     for name in switches:
-        if name not in _OWN[family]: raise UserError(f"{family} has no switch {name!r}: there are {', '.join(_OWN[family])}")
-    return Switches.from_dict(given.replace(**switches).to_dict())
+        if name not in own: raise UserError(f"{a.family} has no switch {name!r}: there are {', '.join(own)}")
+    return Switches.from_dict(a.switches.replace(**switches).to_dict())
 
 # %% ../../nbs/arch/zoo.ipynb #d366dc3d
 def names() -> list[str]:

@@ -78,7 +78,7 @@ def _cut_masks(net:nn.Module, plan:Plan, small:nn.Module) -> dict[str, torch.Ten
     every = {k: torch.ones(v.shape, dtype=torch.bool) for k, v in held(net).items()} | fitting(plan.masks, net, "cpu")
     left = cut_state(every, net.arch, plan.kept(net.arch))
     there = dict(small.named_parameters())
-    return {k: left[k] for k in plan.masks if k in there}
+    return {k: left[k].to(there[k].device) for k in plan.masks if k in there}
 
 # %% ../../nbs/methods/pruned.ipynb #016b63c9
 @patch

@@ -16,9 +16,9 @@ from ..arch.rebuild import arch_of, filled, held, keep_settings
 from ..arch.spec import Arch
 from ..core.errors import UserError
 from ..core.seed import generator
-from .constants import leftovers, site_over
+from .constants import leftovers
 from .mask import fitting
-from .plan import Plan, WeightMask, alive, owned
+from .plan import Plan, WeightMask, alive, owned, silence, site_over
 
 # %% ../../nbs/surgery/cut.ipynb #2d6f92e7
 def cut_state(
@@ -79,17 +79,28 @@ def fresh(
     rescale:bool=True, # with masks: draw masked convolutions for the weights that are left
 ) -> nn.Module: # its `.arch` is `arch.scratch()`
     "The same architecture with random weights: where Scratch-E and Scratch-B start"
-    net = arch.scratch().build(seed)
-    for name, mask in (masks or {}).items(): _mask_fresh(net, name, mask.tensor() if isinstance(mask, WeightMask) else mask.bool(), seed if rescale else None)
+    net, masks = arch.scratch().build(seed), {k: m.tensor() if isinstance(m, WeightMask) else m.bool().cpu() for k, m in (masks or {}).items()}
+    for name, mask in _of_scratch(arch.replace(constants=()), masks).items(): _mask_fresh(net.get_parameter(name), name, mask, seed if rescale else None)
     return net
 
 # %% ../../nbs/surgery/cut.ipynb #08d2d34f
 @torch.no_grad()
-def _mask_fresh(net:nn.Module, name:str, mask:torch.Tensor, seed:int | None):
+def _mask_fresh(weight:nn.Parameter, name:str, mask:torch.Tensor, seed:int | None):
     "Mask one weight, and draw it anew first if there is a seed and it is a convolution's"
-    weight = dict(net.named_parameters()).get(name)
-    if weight is None or weight.shape != mask.shape: raise UserError(f"a mask for {name} of shape {tuple(mask.shape)} fits no weight of this network")
     if not mask.any(): raise UserError(f"the mask for {name} keeps no weight: the layer is dead and cannot be trained")
     if seed is not None and weight.dim() == 4:
         weight.copy_(torch.randn(weight.shape, generator=generator(seed, "fresh", name))*sqrt(2/(int(mask.sum())/weight.shape[1])))
     weight *= mask
+
+# %% ../../nbs/surgery/cut.ipynb #66af7797
+def _of_scratch(arch:Arch, masks:dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    "Masks of an architecture's weights, in the shapes of what it starts from scratch as; one that fits no weight is refused"
+    if not masks: return masks
+    weights = dict(arch.blank().named_parameters())
+    for name, mask in masks.items():
+        if name not in weights or weights[name].shape != mask.shape: raise UserError(f"a mask for {name} of shape {tuple(mask.shape)} fits no weight of this network")
+    if (plan := silence(arch)) is None: return masks
+    ones = {k: torch.ones(v.shape, dtype=torch.bool) for k, v in held(arch.blank()).items()}
+    left, smaller = cut_state(ones | masks, arch, plan.kept(arch)), plan.arch(arch)
+    there = dict(smaller.blank().named_parameters())
+    return _of_scratch(smaller, {k: left[k] for k in masks if k in there})

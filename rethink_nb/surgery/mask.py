@@ -13,7 +13,7 @@ from torch import nn
 
 from ..arch.rebuild import arch_of, filled, held, keep_settings
 from ..core.errors import UserError
-from .plan import Plan, WeightMask, alive, owned, routed
+from .plan import Plan, WeightMask, alive, owned, routed, site_over
 
 # %% ../../nbs/surgery/mask.ipynb #26090692
 @torch.no_grad()
@@ -40,7 +40,7 @@ def masked(
         else:
             for m in (*site.outs, *site.norms): _zero(big.get_submodule(m), gone)
         for c in arch.constants:
-            if c.over == name: _zero(big.get_submodule(c.at), gone)
+            if site_over(arch, c.at) == name: _zero(big.get_submodule(c.at), gone)
         if plan.constants: continue
         if site.kind == "in" and not site.norms:
             for m in site.ins: _zero(big.get_submodule(m), gone, dim=1)

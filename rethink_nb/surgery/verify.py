@@ -35,8 +35,10 @@ def verify(
     x:torch.Tensor | None=None, # images; None: 64 of noise, made from a fixed seed
     tolerance:float=1e-4, # of the logits' scale; single precision. For double precision 1e-9
 ) -> Verdict:
-    "Compare the logits of two networks in evaluation mode, never under autocast; half precision is compared in single, so that rounding is not taken for a fault"
-    if torch.finfo(next(a.parameters()).dtype).bits < 32: a, b = deepcopy(a).float(), deepcopy(b).float()
+    "Compare the logits of two networks in evaluation mode, never under autocast, and never so rounded that it looks like a fault"
+    p = next(a.parameters())
+    # On a GPU convolutions in single precision may be rounded to TF32's 10 bits, whatever the networks are: double is not.
+    if (exact := torch.float64 if p.is_cuda else torch.float32 if p.dtype.itemsize < 4 else p.dtype) != p.dtype: a, b = deepcopy(a).to(exact), deepcopy(b).to(exact)
     p = next(a.parameters())
     if x is None: x = torch.randn(64, *a.arch.input, generator=generator(0, "verify"))
     x = x.to(p)
