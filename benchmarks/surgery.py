@@ -15,7 +15,8 @@ import torch_pruning as tp
 from torch import nn
 
 from rethink_nb.arch import zoo
-from rethink_nb.methods.base import kept_counts
+from rethink_nb.methods.amounts import kept_counts
+from rethink_nb.methods.base import Ask, methods
 from rethink_nb.methods.l1 import choose_l1
 from rethink_nb.surgery import Plan, cut
 from rethink_nb.testing.toys import random_bn
@@ -23,9 +24,12 @@ from rethink_nb.testing.toys import random_bn
 ROUNDS, RATIO = 15, .4
 
 
+def best(net, counts):
+    return choose_l1(net, Ask({}, methods.get("l1").options, counts)).keep
+
+
 def ours_decides(net, counts):
-    keep, _ = choose_l1(net, counts)
-    return cut(net, Plan(parent=net.arch.id, keep=keep))
+    return cut(net, Plan(parent=net.arch.id, keep=best(net, counts)))
 
 
 def theirs_decides(net, kept, x):
@@ -57,7 +61,7 @@ def race(net, ours, theirs, x):
 def bench(name):
     arch = zoo.arch(name)
     net, x, counts = random_bn(arch.build()).eval(), torch.randn(1, *arch.input), kept_counts(arch, RATIO)
-    keep, _ = choose_l1(net, counts)
+    keep = best(net, counts)
     module, width = {s: arch.site(s).outs[0] for s in keep}, {s: arch.site(s).width for s in keep}
     gone = {module[s]: sorted(set(range(width[s])) - set(k)) for s, k in keep.items()}
     kept = {module[s]: len(k)/width[s] for s, k in keep.items()}

@@ -41,7 +41,7 @@ BAD = {
     "no folder": (["prune", "l1", "nofolder/x", "out", "--ratio", "0.5"], "nofolder/x: no such folder"),
     "empty name": (["count", ""], "name a folder"),
     "target and multiple": (["prune", "l1", "resnet56", "out", "--target", "A", "--multiple", "8"], "multiple goes with a ratio"),
-    "macs too few": (["prune", "l1", "resnet20", "out", "--macs", "1e-9"], "of the MACs still stay"),
+    "macs too few": (["prune", "l1", "resnet20", "out", "--macs", "1e-9"], "of the macs still stay"),
     "multiple": (["prune", "l1", "resnet20", "out", "--ratio", "0.5", "--multiple", "0"], "multiple 0"),
     "nothing removed": (["run", "l1", "--ratio", "0"], "removes nothing"),
     "wide": (["run", "l1", "--width", "inf"], "width inf"),

@@ -8,6 +8,7 @@ from rethink_nb.arch import Arch, Family, Site, register_family
 from rethink_nb.arch.count import count
 from rethink_nb.core import UserError
 from rethink_nb.surgery import Plan, cut, fresh, load, masked, save, verify
+from rethink_nb.testing.sweeps import needs_of
 
 
 class AllConv(nn.Module):
@@ -37,8 +38,8 @@ def test_a_family_of_ones_own(method, tmp_path):
     a = Arch(family="allconv", stages=(2, 2), widths=(8, 12, 16, 10), input=(3, 9, 9))
     net = a.build(seed=1).double()
     for bn in (m for m in net.modules() if isinstance(m, nn.BatchNorm2d)): nn.init.uniform_(bn.running_mean); nn.init.uniform_(bn.bias)
-    p = methods.prune(method, net, .5)
-    assert p.verify(tolerance=1e-9).ok and count(p.net, a.input) == p.arch.count() == p.after and p.after.params == sum(q.numel() for q in p.net.parameters())
+    p = methods.prune(method, net, .5, **needs_of(method, a))
+    assert p.verify(tolerance=1e-9).ok and p.arch.count().params == count(p.net, a.input).params == p.after.params == sum(q.numel() for q in p.net.parameters())
     one = Plan(parent=a.id, keep={"conv4": (7,)}, constants=True)
     assert verify(masked(net, one), cut(net, one), tolerance=1e-9).ok
     save(tmp_path/"small", p.net, p.plan)

@@ -5,6 +5,6 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/methods/all.ipynb #b77da8ec
-from . import controls, l1 # noqa: F401 (each registers itself)
+# %% ../../nbs/methods/all.ipynb #f7ffd28c
+from . import controls, l1, lottery, magnitude, slimming # noqa: F401 (each registers itself)
 from .base import methods # noqa: F401 (the filled registry)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Pruned', 'carry_out']
 
-# %% ../../nbs/methods/pruned.ipynb #59692252
-from dataclasses import dataclass
+# %% ../../nbs/methods/pruned.ipynb #0020e8a0
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,10 +16,12 @@ from torch import nn
 from ..arch.count import Count, count
 from ..arch.effective import effective
 from ..arch.measure import latencies, peak_memory
-from ..arch.rebuild import filled, held
+from ..arch.rebuild import arch_of, filled, held, keep_settings
 from ..arch.spec import Arch
 from ..arch.zoo import name_of
 from ..core.errors import UserError
+from ..core.events import Callback
+from .sparse import StayZero
 from ..surgery.cut import cut, cut_state
 from ..surgery.frames import channel_frame, cost_frame, site_frame
 from ..surgery.mask import fitting, masked
@@ -64,12 +66,24 @@ def remarks(self:Pruned) -> list[str]:
 def carry_out(
     net:nn.Module, # with its `.arch`; left as it is
     plan:Plan, # a method's, or your own
+    weights:dict[str, torch.Tensor] | None=None, # parameters and buffers of full size that the plan applies to; None: the network's own
 ) -> Pruned:
     "Prune a network as a plan says"
+    if weights is not None: net = _with_weights(net, weights)
     small = cut(net, plan)
     masks = _cut_masks(net, plan, small) or None
     after = count(small, small.arch.input) if masks else small.arch.count()
     return Pruned(small, small.arch, masks, {k: v.clone() for k, v in held(net).items()}, plan, net.arch, net.arch.count(), after)
+
+# %% ../../nbs/methods/pruned.ipynb #cec18c2f
+def _with_weights(net:nn.Module, weights:dict[str, torch.Tensor]) -> nn.Module:
+    "A copy of the network with other weights; those of another network are refused"
+    own = held(net)
+    if wrong := [k for k in own.keys() | weights.keys() if k not in own or k not in weights or own[k].shape != weights[k].shape]:
+        raise UserError(f"the weights to go on with are not those of this network: {sorted(wrong)[0]} differs, or is there in one of the two only")
+    other = filled(arch_of(net), {k: weights[k].detach().to(v, copy=True) for k, v in own.items()}).to(next(net.parameters()).device)
+    keep_settings(net, other)
+    return other
 
 # %% ../../nbs/methods/pruned.ipynb #37e69fad
 def _cut_masks(net:nn.Module, plan:Plan, small:nn.Module) -> dict[str, torch.Tensor]:
@@ -96,6 +110,18 @@ def verify(self:Pruned,
     return compare_networks(masked(self.whole(), self.plan), self.net, x, tolerance)
 
 # %% ../../nbs/methods/pruned.ipynb #84ebff6e
+@patch
+def callbacks(self:Pruned) -> tuple[Callback, ...]:
+    "What every training of this network, or of its architecture and masks from scratch, must be given"
+    return (StayZero(self.masks),) if self.masks else ()
+
+# %% ../../nbs/methods/pruned.ipynb #4158857a
+@patch
+def since(self:Pruned, first:Pruned) -> Pruned:
+    "The same, with what the network before an earlier pruning cost as its costs before"
+    return replace(self, before=first.before)
+
+# %% ../../nbs/methods/pruned.ipynb #4532a561
 @patch
 def save(self:Pruned,
     path, # folder; it is made
@@ -124,7 +150,7 @@ def figure(self:Pruned, kind:str="widths"): # plotly figure
     if not self.plan.keep and not self.plan.scores: raise UserError("this plan names no channels to show: it keeps all, or single weights")
     return networks.fig_kept_channels(channel_frame(self.parent, self.plan))
 
-# %% ../../nbs/methods/pruned.ipynb #4158857a
+# %% ../../nbs/methods/pruned.ipynb #5d760130
 @patch
 def measure(self:Pruned,
     batches:tuple[int, ...]=(1, 64), # images in a pass
@@ -139,7 +165,7 @@ def measure(self:Pruned,
         rows.append(dict(batch=batch, before_ms=t["before"].median, after_ms=t["after"].median, times_faster=t["before"].median/t["after"].median, **mib))
     return DataFrame(rows)
 
-# %% ../../nbs/methods/pruned.ipynb #4532a561
+# %% ../../nbs/methods/pruned.ipynb #90b5bb47
 @patch
 def table(self:Pruned): # DataFrame
     "Parameters, MACs and reference FLOPs before and after"
@@ -148,7 +174,7 @@ def table(self:Pruned): # DataFrame
     rows = [(w, getattr(self.before, k), getattr(self.after, k)) for k, w in names.items() if k != "nonzero_macs" or self.masks]
     return DataFrame([{"": w, "before": f"{a:,}", "after": f"{b:,}", "gone": f"{1 - b/a:.1%}", "times less": f"{a/b:.2f}" if b else ""} for w, a, b in rows])
 
-# %% ../../nbs/methods/pruned.ipynb #5d760130
+# %% ../../nbs/methods/pruned.ipynb #63d4bb45
 @patch
 def page(self:Pruned,
     path, # an html file

@@ -17,7 +17,8 @@ from ..arch.zoo import networks
 from ..core.errors import UserError
 from ..core.record import Record, check_types
 from ..methods.all import methods
-from ..methods.base import inner_sites, pruned_arch
+from ..methods.amounts import inner_sites
+from ..methods.base import pruned_arch
 from ..training.arms import Arm, arms
 from ..training.data import datasets
 from ..training.recipe import Recipe

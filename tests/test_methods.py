@@ -1,0 +1,88 @@
+"Every method on every family it serves: pruned, proved, counted, written, read, trained on; what it does not serve is refused."
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from rethink_nb import methods
+from rethink_nb.arch import Arch, zoo
+from rethink_nb.arch.count import count
+from rethink_nb.core.errors import UserError
+from rethink_nb.core.events import call_all
+from rethink_nb.surgery import Plan, fresh, load, save
+from rethink_nb.testing.sweeps import amounts_of, needs_of
+from rethink_nb.testing.toys import random_bn, toy_archs, toy_images
+
+ARCHS = {**toy_archs(), "vgg16": zoo.arch("vgg16", width=.125), "vgg16-lottery": zoo.arch("vgg16-lottery", width=.125),
+         "preresnet20": zoo.arch("preresnet20", width=.5), "resnet50-lottery": zoo.arch("resnet50-lottery", width=.5),
+         "densenet-bc": zoo.densenet(3, compression=2, bottleneck=True), "resnet20": zoo.arch("resnet20"), "resnet20-detached": zoo.arch("resnet20", detach_shortcut=True),
+         "preresnet-late": toy_archs()["preresnet"].replace(switches=zoo.Switches(select_after_norm=True)), "densenet-late": toy_archs()["densenet"].replace(switches=zoo.Switches(select_after_norm=True))}
+SWEEP = [(m, a, str(r)) for m in methods.names() for a in ARCHS for r in amounts_of(m)]
+
+
+def steps(net, callbacks, n=2):
+    "A few optimiser steps with momentum"
+    opt, images, labels = torch.optim.SGD(net.parameters(), lr=.05, momentum=.9), toy_images(8, net.arch).to(next(net.parameters())), torch.arange(8) % net.arch.classes
+    net.train()
+    call_all(callbacks, "prepare", net)
+    for _ in range(n):
+        opt.zero_grad()
+        cross_entropy(net(images), labels).backward()
+        call_all(callbacks, "after_backward", net)
+        opt.step()
+        call_all(callbacks, "after_step", net, .05)
+    return net
+
+
+@pytest.mark.parametrize("method,arch,asked", SWEEP)
+def test_every_method_on_every_family(method, arch, asked, tmp_path):
+    a, asked = ARCHS[arch], next(r for r in amounts_of(method) if str(r) == asked)
+    net = random_bn(a.build(seed=1), seed=2).double().eval()
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    p = methods.prune(method, net, seed=3, **asked, **needs_of(method, a))
+    v = p.verify(torch.randn(4, *a.input), tolerance=1e-9) # few images: double precision is slow
+    assert v.ok, v
+    assert all(torch.equal(t, before[k]) for k, t in net.state_dict().items())
+    assert p.arch == p.net.arch and count(p.net, a.input).params == p.after.params == sum(q.numel() for q in p.net.parameters())
+    try: known = methods.pruned_arch(method, a, **asked, **{k: v for k, v in needs_of(method, a).items() if k == "min_keep"})
+    except UserError: assert methods.info(method).options["scope"] == "global" # widths are found in weights
+    else: assert p.arch.replace(constants=()) == known # constants depend on weights
+    assert Plan.from_dict(p.plan.to_dict()) == p.plan and Arch.from_dict(p.arch.to_dict()) == p.arch
+    if asked.get("ratio") == 0: assert p.arch == a and all(torch.equal(t, p.whole().state_dict()[k]) for k, t in p.net.state_dict().items())
+    if asked.get("ratio") != .4: return
+    again = load(save(tmp_path/"small", p.net, p.plan)).eval()
+    assert torch.equal(again(torch.ones(1, *a.input).double()), p.net.eval()(torch.ones(1, *a.input).double()))
+    scratch = fresh(p.arch, p.masks, seed=1)
+    for n in (p.net, scratch):
+        was = {k: v.detach().clone() for k, v in n.named_parameters()}
+        steps(n, p.callbacks())
+        assert all(not torch.equal(was[k], v) for k, v in n.named_parameters() if k.endswith("weight"))
+        for k, m in (p.masks or {}).items(): assert not n.get_parameter(k)[~m].any()
+
+
+@pytest.mark.parametrize("method", methods.names())
+def test_unknown_options_and_missing_needs_are_refused(method):
+    net = toy_archs()["resnet"].build()
+    given = needs_of(method, net.arch)
+    with pytest.raises(UserError, match=f"{method} has no option 'temperature'"): methods.prune(method, net, .5, temperature=1, **given)
+    with pytest.raises(UserError, match="give one of ratio, target, widths, macs, params: none given"): methods.prune(method, net, **given)
+    with pytest.raises(UserError): methods.prune(method, net, 1.5, **given)
+    for need in methods.info(method).needs:
+        with pytest.raises(UserError, match=f"{method} needs .*{need}="): methods.prune(method, net, .5, **{k: v for k, v in given.items() if k != need})
+
+
+@pytest.mark.parametrize("method", [m for m in methods.names() if methods.info(m).rounds])
+@pytest.mark.parametrize("arch", toy_archs())
+def test_rounds(method, arch):
+    "Three rounds with training between: each proves itself, what is gone stays gone, and the end is what was asked"
+    a, seen = toy_archs()[arch], []
+    def retrain(p):
+        assert p.verify().ok
+        seen.append(p)
+        return steps(p.net, p.callbacks())
+    p = methods.prune(method, random_bn(a.build(seed=1)), .4, rounds=3, retrain=retrain, **needs_of(method, a))
+    assert p.verify().ok and len(seen) == 2 and p.before == a.count()
+    if p.masks:
+        for early, late in zip(seen, [*seen[1:], p]): assert all((late.masks[k] <= m).all() for k, m in early.masks.items())
+        total = sum(m.numel() for m in p.masks.values())
+        assert sum(int(m.sum()) for m in p.masks.values()) == total - int(.4*total + 1e-9)
+    else: assert seen[0].arch.count().params > seen[1].arch.count().params > p.after.params
