@@ -204,12 +204,13 @@ def plus_constant(m:nn.Module, args, y:torch.Tensor) -> torch.Tensor: # a forwar
     "What a module puts out and its constant"
     return y + m.constant
 
-# %% ../../nbs/arch/parts.ipynb #e4a9efed
-def _refused(m:nn.Module, shape:tuple[int, ...]) -> int | None:
-    "How many channels a module puts out where a constant of this shape cannot be added, None where it can (or the module does not say)"
-    named = (getattr(m, k, None) for k in ("out_channels", "out_features", "num_features", "channels"))
-    n = len(m.index) if isinstance(m, Pick) else next((v for v in named if isinstance(v, int)), None)
-    return None if n is None or shape[0] == n and len(shape) == (1 if isinstance(m, nn.Linear) else 3) else n
+# %% ../../nbs/arch/parts.ipynb #9acb7e68
+def _check_constant(c:Constant, m:nn.Module):
+    "Refuse a constant at a module that surgery adds none to, and one of another shape than what the module puts out"
+    sizes = {nn.Conv2d: "out_channels", nn.Linear: "out_features", Rest: "channels"}
+    n = len(m.index) if isinstance(m, Pick) else next((getattr(m, size) for kind, size in sizes.items() if isinstance(m, kind)), None)
+    if n is None: raise UserError(f"a constant is to be added at {c.at or 'the network'}, a {type(m).__name__}: it can be at a convolution, a linear layer, a scatter or a rest")
+    if c.shape[0] != n or len(c.shape) != (1 if isinstance(m, nn.Linear) else 3): raise UserError(f"the constant at {c.at} has shape {c.shape}, where {n} channels are put out")
 
 # %% ../../nbs/arch/parts.ipynb #3fd8eeaa
 def attach_constants(
@@ -220,6 +221,6 @@ def attach_constants(
     for c in constants:
         try: m = net.get_submodule(c.at)
         except AttributeError: raise UserError(f"a constant is to be added at {c.at}, which is no part of this network") from None
-        if n := _refused(m, c.shape): raise UserError(f"the constant at {c.at} has shape {c.shape}, where {n} channels are put out")
+        _check_constant(c, m)
         m.register_buffer("constant", torch.zeros(c.shape))
         m.register_forward_hook(plus_constant)

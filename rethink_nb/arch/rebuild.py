@@ -34,8 +34,9 @@ def filled(
     state:dict[str, torch.Tensor], # every parameter and buffer that is stored
 ) -> nn.Module:
     "A network of these very tensors; a weight of another size than its layer's is refused by name"
+    arch.check() # a pass may be part of it, for which layers must not be hollow
     with torch.device("meta"), hollow():
-        net = arch.check().module().Net(arch)
+        net = arch.module().Net(arch)
         attach_constants(net, arch.constants)
     for name, m in layers_of(net):
         at = f"{name}." if name else ""
@@ -75,7 +76,8 @@ def keep_settings(
 @per_arch
 def _layout(arch:Arch) -> dict[str, tuple]:
     "Type, and batch norm's `eps`, of each module that the architecture builds"
-    with torch.device("meta"), hollow(): net = arch.check().module().Net(arch)
+    arch.check()
+    with torch.device("meta"), hollow(): net = arch.module().Net(arch)
     return {name: (type(m), m.__dict__.get("eps")) for name, m in layers_of(net)}
 
 # %% ../../nbs/arch/rebuild.ipynb #31171254

@@ -179,7 +179,7 @@ def check(self:Arch) -> Arch:
 @per_arch
 def _checked(arch:Arch):
     sizes = (*arch.stages, *arch.widths, *arch.input, arch.classes, *(n for c in arch.constants for n in c.shape))
-    if not arch.stages or max(sizes) > 2**20 or sum(arch.stages) > 2**12 or min(arch.stages) < 1 or any(n < 1 for c in arch.constants for n in c.shape):
+    if not arch.stages or max(sizes) > 2**20 or sum(arch.stages) > 2**12 or min(arch.stages) < 1 or not all(c.shape and min(c.shape) > 0 for c in arch.constants):
         raise UserError("this Arch has sizes that no network has: channels, classes and sides go up to 1,048,576, a stage has at least one layer, all stages up to 4,096")
     _check_switches(arch)
     if arch.classes < 1: raise UserError(f"{arch.classes} classes: a classifier needs at least one")
@@ -221,6 +221,12 @@ def _check_constants(arch:Arch):
     for c in arch.constants:
         if c.over and arch.site(c.over).width != c.shape[0]: raise UserError(f"the constant at {c.at} has {c.shape[0]} channels, {c.over} has {arch.site(c.over).width}")
     with torch.device("meta"), hollow(): attach_constants(arch.module().Net(arch), arch.constants)
+    if all(max(c.shape[1:], default=1) == 1 for c in arch.constants): return
+    with torch.device("meta"): # a map must be as large as what it is added to, and only a pass tells
+        net = arch.module().Net(arch)
+        attach_constants(net, arch.constants)
+        try: net.eval()(torch.zeros(1, *arch.input))
+        except RuntimeError as e: raise UserError(f"a constant's map does not fit where it is added ({e})") from None
 
 # %% ../../nbs/arch/spec.ipynb #14722a35
 @patch
