@@ -1,11 +1,18 @@
 "The paper's networks, pinned: parameters, MACs, reference FLOPs (facts/surgery_and_flops.md 5, architectures.json)."
+from random import Random
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from rethink_nb.arch import Arch, zoo
 from rethink_nb.arch.count import count
-from rethink_nb.surgery import Plan
+from rethink_nb.arch.parts import Constant
+from rethink_nb.arch.spec import Selection
+from rethink_nb.core.errors import UserError
+from rethink_nb.surgery import Plan, cut, masked, verify
+from rethink_nb.testing.families import random_plan
+from rethink_nb.testing.toys import random_bn, toy_archs
 from rethink_nb.training import recipe, scratch_b
 
 #        name             params      MACs         reference FLOPs
@@ -91,7 +98,6 @@ def test_channel_lists():
 
 def test_the_slimming_network_in_the_references_order():
     "Selecting after batch norm keeps its full size: two numbers more for each channel not selected"
-    from rethink_nb.surgery import Plan
     for name in ("preresnet164", "densenet40"):
         a, late = zoo.arch(name), zoo.arch(name, select_after_norm=True)
         assert a.count() == late.count() # nothing is selected yet
@@ -151,3 +157,37 @@ def test_the_counter_on_other_peoples_networks(name, flops, macs):
     assert (c.flops, c.macs) == (flops, macs)
     with FlopCounterMode(display=False) as counter, torch.no_grad(): net.eval()(torch.zeros(1, 3, 224, 224, device="meta"))
     assert counter.get_total_flops() == 2*macs
+
+
+def _changed(a, random):
+    "An architecture with something changed, often wrongly"
+    site, kind = random.choice(a.sites()), random.randrange(5)
+    if kind == 0: return a.replace(widths=tuple(random.choice([w, w, w, -1, 0, 1, 9]) for w in a.widths))
+    if kind == 1:
+        chosen = sorted({random.randint(-2, 9) for _ in range(random.randint(0, 6))})
+        return a.replace(selections=tuple(sorted((*(s for s in a.selections if s.site != site.name), Selection(site=site.name, channels=tuple(chosen))), key=lambda s: s.site)))
+    if kind == 2:
+        at = random.choice([*site.outs, *site.norms, *site.ins, f"{site.block}.rest", f"{site.block}.scatter", "pool", ""])
+        shape = random.choice([(site.width, 1, 1), (site.width, 4, 4), (4, 8, 8), (10,), (0, 1, 1), ()])
+        return a.replace(constants=(*a.constants, Constant(at=at, shape=shape, over=random.choice(["", site.name]))))
+    if kind == 3: return a.replace(switches=a.switches.replace(**random.choice([dict(head="hidden"), dict(head="x"), dict(conv_init="fan"), dict(shortcut="projection"), dict(select_after_norm=True), dict(bottleneck=True)])))
+    return a.replace(**random.choice([dict(input=(1, 1, 1)), dict(input=(3, 4, 6)), dict(stages=(1,)), dict(stages=()), dict(classes=0), dict(classes=1)]))
+
+
+@pytest.mark.parametrize("family", toy_archs())
+def test_what_check_accepts_can_be_built_run_and_cut(family):
+    random, built = Random(family), 0
+    for seed in range(250):
+        a = toy_archs()[family]
+        try:
+            for _ in range(random.randint(1, 2)): a = _changed(a, random)
+            a.check()
+        except UserError: continue
+        net = random_bn(a.build(seed)).double().eval()
+        for c in a.constants: torch.nn.init.normal_(net.get_submodule(c.at).constant)
+        net(torch.randn(1, *a.input, dtype=torch.float64))
+        plan = random_plan(net, seed)
+        try: assert verify(masked(net, plan), cut(net, plan), torch.randn(2, *a.input, dtype=torch.float64), tolerance=1e-9).ok, (a, plan)
+        except UserError as e: assert "would have 0 channels" in str(e)
+        built += 1
+    assert built > 15
