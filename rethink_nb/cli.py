@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['commands', 'command', 'methods', 'archs', 'count', 'prune', 'run', 'demo', 'report', 'main', 'usage']
 
-# %% ../nbs/cli.ipynb #819002d3
-import sys, time
+# %% ../nbs/cli.ipynb #7d6aaf66
+import json, sys, time
 from pathlib import Path
 
 from fastcore.script import anno_parser, call_parse
@@ -103,7 +103,10 @@ def prune(
     ratio:str="", # fraction of channels removed, or one a stage, separated by commas
     target:str="", # instead: a target of the paper, such as A
     macs:float=None, # instead: fraction of the MACs that stays
+    params:float=None, # instead: fraction of the parameters that stays
     multiple:int=1, # round what is kept up to a multiple of this
+    options:str="", # the method's own options, such as scope=global,min_keep=1
+    init:str="", # for lottery: a folder with the network before it was trained
     seed:int=0, # for methods that draw at random
     measure:bool=False, # time both networks on this machine, for the page
     force:bool=False, # put it in place of a network that the folder holds already
@@ -111,15 +114,27 @@ def prune(
     "Prune a network and write the smaller one, checked against the masked one"
     from rethink_nb.core.files import folder
     from rethink_nb.methods.all import methods
-    from rethink_nb.methods.base import prune
-    methods.get(method)
+    from rethink_nb.methods.base import prune, read_request
+    given = {**_options(options), **(dict(multiple=multiple) if multiple != 1 else {})}
+    read_request(methods.get(method), dict(ratio=_ratio(ratio), target=target or None, macs=macs, params=params, **given))
     at, (net, said) = folder(out, "out"), _source(source)
     if (at/"record.json").exists(): raise UserError(f"{at} is a run of a store, which stays as it is: name another folder")
     if (at/"arch.json").exists() and not force: raise UserError(f"{at} holds a network already: name another folder, or say --force")
-    p = prune(method, net, _ratio(ratio), target=target or None, macs=macs, seed=seed, **(dict(multiple=multiple) if multiple != 1 else {}))
+    p = prune(method, net, _ratio(ratio), target=target or None, macs=macs, params=params, seed=seed, init=_source(init)[0] if init else None, **given)
     p.save(at, page=False)
     page = p.page(at/"summary.html", note=f"From {said}.", measure=measure)
     print(said, p, p.verify(), f"written to {at}; a page on it: {page}", sep="\n")
+
+# %% ../nbs/cli.ipynb #7bca7b23
+def _options(text:str) -> dict:
+    "'scope=global,min_keep=1' as names and values: numbers, true and false, else words"
+    pairs = [t.partition("=") for t in text.split(",")] if text else []
+    for name, is_, value in pairs:
+        if not (name and is_ and value): raise UserError(f"options {text!r}: give name=value, several separated by commas")
+    def read(value):
+        try: return json.loads(value.lower() if value.lower() in ("true", "false") else value)
+        except ValueError: return value
+    return {name.strip().replace("-", "_"): read(value.strip()) for name, _, value in pairs}
 
 # %% ../nbs/cli.ipynb #0db62e1b
 def _ratio(text:str):

@@ -18,7 +18,7 @@ from ..core.errors import UserError
 from ..core.record import Record, check_types
 from ..methods.all import methods
 from ..methods.amounts import inner_sites
-from ..methods.base import pruned_arch
+from ..methods.base import pruned_arch, read_request
 from ..training.arms import Arm, arms
 from ..training.data import datasets
 from ..training.recipe import Recipe
@@ -122,8 +122,15 @@ def _check_study(s:Study):
     if not 0 < s.alpha < 1: raise UserError(f"alpha {s.alpha}: give a number between 0 and 1, such as 0.05 for 95 % intervals")
     if s.margin is not None and not 0 < s.margin <= 100: raise UserError(f"margin {s.margin}: give points of accuracy above 0")
     s.base.check()
+    if methods.get(s.method).needs or not _counts(s): raise UserError(f"a study takes methods whose widths are known before training, such as l1; {s.method} finds what stays in trained weights: use methods.prune")
     for r in s.ratios:
         if pruned_arch(s.method, s.base, r) == s.base: raise UserError(f"ratio {r} removes nothing from {s.arch}: give a larger one")
+
+# %% ../../nbs/study/grid.ipynb #df6f8273
+def _counts(s:Study) -> dict[str, int] | None:
+    "Channels that the study's method keeps by site at its first ratio; None, or none at all, where trained weights say what stays"
+    m = methods.get(s.method)
+    return m.counts(s.base, *read_request(m, {"ratio": s.ratios[0]}))
 
 # %% ../../nbs/study/grid.ipynb #cd098e24
 @patch(as_prop=True)
