@@ -43,11 +43,17 @@ class Pruned:
     before: Count
     after: Count
 
-    def __repr__(self): return "\n".join([f"Pruned by {self.plan.method or 'hand'}: {self._change('params')}, {self._change('macs')}", *self.remarks()])
+    def __repr__(self): return "\n".join([f"Pruned by {self.plan.method or 'hand'}: {self.told()}", *self.remarks()])
 
-    def _change(self, what:str) -> str:
-        a, b = getattr(self.before, what), getattr(self.after, what)
-        return f"{what} {a:,} -> {b:,} ({1 - b/a:.1%} gone)"
+    def told(self) -> str:
+        "What went, in a line: of the whole network, or of the weights that were open to it where single ones go"
+        of = lambda c, what: getattr(c, what)
+        if not self.masks: return ", ".join(_change(w, of(self.before, w), of(self.after, w)) for w in ("params", "macs"))
+        left, all_ = (sum(int(f(m)) for m in self.masks.values()) for f in (torch.sum, torch.numel))
+        return ", ".join([_change("weights of masked layers", all_, left), _change("non-zero macs", self.before.macs, self.after.nonzero_macs)])
+
+# %% ../../nbs/methods/pruned.ipynb #5291fd9c
+def _change(what:str, a:int, b:int) -> str: return f"{what} {a:,} -> {b:,} ({1 - b/a:.1%} gone)"
 
 # %% ../../nbs/methods/pruned.ipynb #99840363
 @patch
@@ -183,12 +189,12 @@ def page(self:Pruned,
 ) -> Path:
     "One page, readable without a network"
     from rethink_nb.report.page import write_page
-    kinds = [k for k in _FIGURES if k != "channels" or self.plan.keep]
+    kinds = [k for k in _FIGURES if k == "costs" or self.plan.keep]
     asked = ", ".join(f"{k} {v}" for k, v in self.plan.options.items()) or "not recorded"
     facts = [f"Method: {self.plan.method or 'a plan by hand'} (asked: {asked}).", *([note] if note else []),
              f"Architecture: {self.arch.family}, {'x'.join(map(str, self.arch.input))} images, {self.arch.classes} classes; id {self.parent.id} before, {self.arch.id} after.",
              f"The smaller network against the full-size one with pruned channels silenced: {self.verify()}.", *self.remarks()]
-    lead = f"{self._change('params')}, {self._change('macs')}."
+    lead = f"{self.told()}."
     figures = [("Widths" if k == "widths" else "Cost of each layer" if k == "costs" else "Channels", self.figure(k)) for k in kinds]
     times = [("What it takes on this machine, one thread", self.measure().round(2))] if measure else []
     title = f"{name_of(self.parent) or self.parent.family} pruned by {self.plan.method or 'hand'}"
