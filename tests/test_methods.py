@@ -4,18 +4,15 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from rethink_nb import methods
-from rethink_nb.arch import Arch, zoo
+from rethink_nb.arch import Arch
 from rethink_nb.arch.count import count
 from rethink_nb.core.errors import UserError
 from rethink_nb.core.events import call_all
 from rethink_nb.surgery import Plan, fresh, load, save
-from rethink_nb.testing.sweeps import amounts_of, needs_of
+from rethink_nb.testing.sweeps import amounts_of, needs_of, sweep_archs
 from rethink_nb.testing.toys import random_bn, toy_archs, toy_images
 
-ARCHS = {**toy_archs(), "vgg16": zoo.arch("vgg16", width=.125), "vgg16-lottery": zoo.arch("vgg16-lottery", width=.125),
-         "preresnet20": zoo.arch("preresnet20", width=.5), "resnet50-lottery": zoo.arch("resnet50-lottery", width=.5),
-         "densenet-bc": zoo.densenet(3, compression=2, bottleneck=True), "resnet20": zoo.arch("resnet20"), "resnet20-detached": zoo.arch("resnet20", detach_shortcut=True),
-         "preresnet-late": toy_archs()["preresnet"].replace(switches=zoo.Switches(select_after_norm=True)), "densenet-late": toy_archs()["densenet"].replace(switches=zoo.Switches(select_after_norm=True))}
+ARCHS = sweep_archs()
 SWEEP = [(m, a, str(r)) for m in methods.names() for a in ARCHS for r in amounts_of(m)]
 
 

@@ -7,16 +7,14 @@ import pytest
 import torch
 
 from rethink_nb import methods
-from rethink_nb.arch import Arch, zoo
+from rethink_nb.arch import zoo
 from rethink_nb.core.errors import UserError
 from rethink_nb.surgery import Plan, cut, fresh, masked, pack, verify
 from rethink_nb.testing.families import random_plan
-from rethink_nb.testing.sweeps import amounts_of, needs_of
+from rethink_nb.testing.sweeps import amounts_of, needs_of, sweep_archs
 from rethink_nb.testing.toys import random_bn, toy_archs
 
-ARCHS = {**toy_archs(), "vgg16": zoo.arch("vgg16", width=.125), "vgg16-lottery": zoo.arch("vgg16-lottery", width=.125),
-         "vgg11": zoo.arch("vgg11", width=.125), "preresnet20": zoo.arch("preresnet20", width=.5), "resnet50-lottery": zoo.arch("resnet50-lottery", width=.5),
-         "densenet-bc": zoo.densenet(3, compression=2, bottleneck=True), "resnet20": zoo.arch("resnet20"), "resnet20-detached": zoo.arch("resnet20").replace(switches=zoo.arch("resnet20").switches.replace(detach_shortcut=True))}
+ARCHS = sweep_archs()
 
 
 def test_single_precision_and_training_mode():

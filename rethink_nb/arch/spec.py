@@ -16,7 +16,7 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
-from .parts import Constant, attach_constants, hollow
+from .parts import Constant, attach_constants
 from ..core.errors import UserError
 from ..core.record import Record, check_types
 from ..core.registry import Registry
@@ -220,12 +220,11 @@ def _check_constants(arch:Arch):
     if (places := [c.at for c in arch.constants]) != sorted(set(places)): raise UserError("constants stand in the order of their modules' names, one at each module")
     for c in arch.constants:
         if c.over and arch.site(c.over).width != c.shape[0]: raise UserError(f"the constant at {c.at} has {c.shape[0]} channels, {c.over} has {arch.site(c.over).width}")
-    with torch.device("meta"), hollow(): attach_constants(arch.module().Net(arch), arch.constants)
-    if all(max(c.shape[1:], default=1) == 1 for c in arch.constants): return
-    with torch.device("meta"): # a map must be as large as what it is added to, and only a pass tells
+    with torch.device("meta"):
         net = arch.module().Net(arch)
         attach_constants(net, arch.constants)
-        try: net.eval()(torch.zeros(1, *arch.input))
+        # a map must be as large as what it is added to, and only a pass tells
+        try: any(max(c.shape[1:], default=1) > 1 for c in arch.constants) and net.eval()(torch.zeros(1, *arch.input))
         except RuntimeError as e: raise UserError(f"a constant's map does not fit where it is added ({e})") from None
 
 # %% ../../nbs/arch/spec.ipynb #14722a35

@@ -60,7 +60,7 @@ class Method:
     version: int = 1 # raise it when results change; it is part of every run's id
     refuses: Callable = field(default=lambda arch: "", compare=False) # arch -> why the method cannot serve it; empty when it can
     callbacks: Callable = field(default=lambda: (), compare=False) # (**options) -> what it adds to the training of the network that it prunes
-    rounds: Callable | None = field(default=None, compare=False) # (ratio, rounds) -> the ratio of each round; None: one step only
+    rounds: Callable | None = field(default=None, compare=False) # (ratio, rounds, options) -> the ratio of each round; None: one step only
 
 # %% ../../nbs/methods/base.ipynb #3b5889d5
 CHANNEL_OPTIONS = dict(skip=(), mode="exact", multiple=1) # see `kept_counts`
@@ -145,12 +145,14 @@ def _in_rounds(m:Method, net:nn.Module, ratio, rounds:int, retrain, given:dict) 
     if not isinstance(rounds, int) or not 1 <= rounds <= 1000: raise UserError(f"{rounds} rounds: give a whole number from 1 to 1000")
     if retrain is None: raise UserError(f"{rounds} rounds of {m.name} need retrain=, a function that is given what was pruned and returns the trained network")
     if isinstance(ratio, (list, tuple)) or ratio is None: raise UserError("rounds go with one ratio for all")
-    first = None
-    for k, part in enumerate(m.rounds(ratio, rounds), 1):
+    options, first = {**m.options, **{k: v for k, v in given.items() if k in m.options}}, None
+    for k, part in enumerate(m.rounds(ratio, rounds, options), 1):
         p = prune(m.name, net, part, **given)
         first = first or p
-        if k < rounds: net, given = retrain(p), {**given, "masks": p.masks}
-    return p.since(first)
+        if k == rounds: return p.since(first)
+        # the start of the next round is that of this one, less what is gone; copied, since p.net may be trained in place
+        start = {k: v.clone() for k, v in held(p.net).items()} if "init" in m.needs else None
+        net, given = retrain(p), {**given, "masks": p.masks, "init": start}
 
 # %% ../../nbs/methods/base.ipynb #99781f67
 def pruned_arch(

@@ -5,7 +5,9 @@
 # %% auto #0
 __all__ = ['choose_random', 'same_cost', 'choose_random_mask', 'choose_shuffled_mask', 'choose_reverse']
 
-# %% ../../nbs/methods/controls.ipynb #300c824b
+# %% ../../nbs/methods/controls.ipynb #3f641991
+from dataclasses import replace
+
 import torch
 from torch import nn
 
@@ -40,7 +42,7 @@ register(Method("uniform", "Uniform width at equal cost", "control", "control", 
 def choose_random_mask(net:nn.Module, ask:Ask) -> Choice:
     "The same share of each layer's weights, at random places"
     options = {**ask.options, "scope": "layer", "of": "all", "mode": "exact"}
-    return Choice(masks=_shuffled(choose_magnitude(net, Ask(ask.amount, options)).masks, ask.seed, "random-mask"))
+    return Choice(masks=_shuffled(choose_magnitude(net, replace(ask, options=options, masks=None)).masks, ask.seed, "random-mask"))
 
 # %% ../../nbs/methods/controls.ipynb #7a9fee9f
 def _shuffled(masks:dict[str, torch.Tensor], seed:int, purpose:str) -> dict[str, torch.Tensor]:
@@ -68,7 +70,7 @@ def _reversed(options:dict) -> tuple[Method, dict]:
 def choose_reverse(net:nn.Module, ask:Ask) -> Choice:
     "As many channels, or weights of a layer, as the criterion keeps: the smallest"
     m, options = _reversed(ask.options)
-    best = m.choose(net, Ask(ask.amount, options, ask.counts, ask.seed, ask.batches, ask.masks, ask.init))
+    best = m.choose(net, replace(ask, options=options))
     if not best.masks and not best.scores: raise UserError(f"reverse needs a method with scores: {m.name} has none")
     weights = prunable_weights(net, linear=True)
     worst = lambda n, mask: torch.zeros(mask.numel(), dtype=torch.bool).index_fill_(0, weights[n].abs().flatten().cpu().sort(stable=True).indices[:int(mask.sum())], True).view(mask.shape)

@@ -12,7 +12,9 @@ import torch
 from torch import nn
 
 from ..core.errors import UserError
+from .amounts import check_mode, check_ratio
 from .base import Ask, Choice, Method, register
+from .ranking import channel_rounds
 
 # %% ../../nbs/methods/magnitude.ipynb #676c6d4b
 def prunable_weights(
@@ -41,13 +43,13 @@ def magnitude_masks(
 # %% ../../nbs/methods/magnitude.ipynb #70c32278
 def _removed(ratio:float, mode:str, of:str, total:int, left:int) -> tuple[int, bool]: # place in ascending order, whether it is a threshold
     "How many weights are gone afterwards, or at which place the threshold stands"
-    if isinstance(ratio, (str, bool, list, tuple)) or not 0 <= ratio < 1: raise UserError(f"ratio {ratio}: give one fraction of weights to remove, in [0, 1)")
+    check_ratio(ratio)
+    check_mode(mode, ("exact", "reference", "open-lth"))
     if of not in ("all", "remaining"): raise UserError(f"of {of!r}: give 'all' or 'remaining'")
     gone, n = (0, total) if of == "all" else (total - left, left)
     if mode == "exact": return gone + floor(n*ratio + 1e-9), False
     if mode == "reference": return gone + int(n*ratio), True
-    if mode == "open-lth": return min(gone + ceil(n*ratio), total - 1), True
-    raise UserError(f"mode {mode!r}: give 'exact', 'reference' or 'open-lth'")
+    return min(gone + ceil(n*ratio), total - 1), True
 
 # %% ../../nbs/methods/magnitude.ipynb #99b5215b
 def _largest_of(sizes:torch.Tensor, there:torch.Tensor, gone:int, threshold:bool) -> torch.Tensor: # bool, (weights,)
@@ -71,8 +73,10 @@ def choose_magnitude(net:nn.Module, ask:Ask) -> Choice:
 def weight_rounds(
     ratio:float, # fraction of all weights removed in the end
     rounds:int,
-) -> list[float]: # fraction of all weights that is gone after each round
+    options:dict | None=None, # the method's: `of` says what each ratio is a fraction of
+) -> list[float]: # of all weights, gone after each round; or of those remaining, going in each
     "What is left falls by one factor a round"
+    if (options or {}).get("of") == "remaining": return channel_rounds(ratio, rounds)
     return [1 - (1 - ratio)**(k/rounds) for k in range(1, rounds)] + [ratio]
 
 # %% ../../nbs/methods/magnitude.ipynb #eda6e392

@@ -47,8 +47,7 @@ class Pruned:
 
     def told(self) -> str:
         "What went, in a line: of the whole network, or of the weights that were open to it where single ones go"
-        of = lambda c, what: getattr(c, what)
-        if not self.masks: return ", ".join(_change(w, of(self.before, w), of(self.after, w)) for w in ("params", "macs"))
+        if not self.masks: return ", ".join(_change(w, getattr(self.before, w), getattr(self.after, w)) for w in ("params", "macs"))
         left, all_ = (sum(int(f(m)) for m in self.masks.values()) for f in (torch.sum, torch.numel))
         return ", ".join([_change("weights of masked layers", all_, left), _change("non-zero macs", self.before.macs, self.after.nonzero_macs)])
 

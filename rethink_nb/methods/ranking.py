@@ -15,7 +15,7 @@ from torch import nn
 
 from ..arch.spec import Arch
 from ..core.errors import UserError
-from .amounts import COSTS, cost_of, inner_sites, none_empty, round_up
+from .amounts import COSTS, check_fraction, check_mode, check_ratio, cost_of, inner_sites, none_empty, round_up
 from .base import CHANNEL_OPTIONS, Ask, Choice, channels_asked
 
 # %% ../../nbs/methods/ranking.ipynb #e7b4afe6
@@ -33,8 +33,8 @@ def counts_by_threshold(
     mode:str="exact", # or "reference"
 ) -> dict[str, int]: # channels kept by site
     "How many channels of each site are among the largest of all"
-    if isinstance(ratio, (str, bool, list, tuple)) or not 0 <= ratio < 1: raise UserError(f"ratio {ratio}: give one fraction in [0, 1) for all channels")
-    if mode not in ("exact", "reference"): raise UserError(f"mode {mode!r}: give 'exact' or 'reference'")
+    check_ratio(ratio)
+    check_mode(mode)
     every = torch.cat(list(scores.values()))
     if mode == "reference": return {name: int((s > every.sort().values[int(len(every)*ratio)]).sum()) for name, s in scores.items()}
     return _counts_of_best(scores, len(every) - floor(len(every)*ratio + 1e-9))
@@ -54,7 +54,7 @@ def counts_by_ranked_cost(
     of:str="macs", # or "params"
 ) -> dict[str, int]:
     "The most channels, best first, whose network costs no more than asked, or one channel more where that is nearer"
-    if isinstance(fraction, (str, bool)) or not 0 < fraction <= 1: raise UserError(f"{of} {fraction} is outside (0, 1]: give the fraction of {of} that stays")
+    check_fraction(fraction, of)
     least = {name: 0 if arch.site(name).block else 1 for name in scores}
     at = lambda n: {name: max(k, least[name]) for name, k in _counts_of_best(scores, n).items()}
     cost, wanted = lambda n: cost_of(arch, at(n), of), fraction*cost_of(arch, {}, of)
@@ -106,6 +106,7 @@ def counts_by_scope(sites:Callable=inner_sites) -> Callable: # a method's `count
 def channel_rounds(
     ratio:float, # fraction of the channels removed in the end
     rounds:int,
+    options:dict | None=None, # the method's
 ) -> list[float]: # of what is there at each round
     "The same fraction of what is left, so many times"
     return [1 - (1 - ratio)**(1/rounds)]*rounds

@@ -11,8 +11,8 @@ import hashlib
 import torch
 from torch import nn
 
-from ..core.errors import UserError
 from ..core.events import Callback
+from ..surgery.mask import check_masks
 
 # %% ../../nbs/methods/sparse.ipynb #cdc542a1
 class StayZero(Callback):
@@ -23,8 +23,7 @@ class StayZero(Callback):
     @torch.no_grad()
     def prepare(self, net:nn.Module):
         params = dict(net.named_parameters())
-        for name, mask in self.masks.items():
-            if name not in params or params[name].shape != mask.shape: raise UserError(f"a mask for {name} of shape {tuple(mask.shape)} fits no weight of this network")
+        check_masks(self.masks, params)
         self.params = [params[name] for name in self.masks]
         # of the weights' type and order in memory: a product of unlike layouts takes twice as long
         self.factors = [torch.empty_like(p).copy_(mask) for p, mask in zip(self.params, self.masks.values())]

@@ -17,7 +17,7 @@ from ..arch.spec import Arch
 from ..core.errors import UserError
 from ..core.seed import generator
 from .constants import leftovers
-from .mask import fitting
+from .mask import check_masks, fitting
 from .plan import Plan, WeightMask, alive, owned, silence, site_over
 
 # %% ../../nbs/surgery/cut.ipynb #2d6f92e7
@@ -97,8 +97,7 @@ def _of_scratch(arch:Arch, masks:dict[str, torch.Tensor]) -> dict[str, torch.Ten
     "Masks of an architecture's weights, in the shapes of what it starts from scratch as; one that fits no weight is refused"
     if not masks: return masks
     weights = dict(arch.blank().named_parameters())
-    for name, mask in masks.items():
-        if name not in weights or weights[name].shape != mask.shape: raise UserError(f"a mask for {name} of shape {tuple(mask.shape)} fits no weight of this network")
+    check_masks(masks, weights)
     if (plan := silence(arch)) is None: return masks
     ones = {k: torch.ones(v.shape, dtype=torch.bool) for k, v in held(arch.blank()).items()}
     left, smaller = cut_state(ones | masks, arch, plan.kept(arch)), plan.arch(arch)
