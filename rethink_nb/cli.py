@@ -161,7 +161,7 @@ def _source(source:str) -> tuple:
 def _trial(studies:list, out:Path, store, root, device, workers, method:str, stem:str):
     "Run what is missing, execute the notebook, write page and table; print the answer"
     from rethink_nb.core.files import write_text
-    from rethink_nb.study.notebook import run_notebook
+    from rethink_nb.study.notebook import experiment_of, parameters, run_notebook
     from rethink_nb.study.trial import Trial
     trial = Trial(studies, store)
     options = dict(workers=workers or None, device=device, root=root or None)
@@ -169,8 +169,9 @@ def _trial(studies:list, out:Path, store, root, device, workers, method:str, ste
     out.mkdir(parents=True, exist_ok=True) # a folder that cannot be made is told now, not after hours of training
     print(f"{len(trial.runs)} runs, {len(trial.runs) - len(trial.todo)} done already", file=sys.stderr)
     trial.run(**options)
-    s = studies[0]
-    notebook = run_notebook(method, out/f"{stem}.ipynb", data=s.data, archs=" ".join(x.arch for x in studies), ratios=list(s.ratios), seeds=s.seeds, scale=s.scale,
+    s, experiment = studies[0], experiment_of(method)
+    own = dict(method=method) if "method" in parameters(experiment) else {}
+    notebook = run_notebook(experiment, out/f"{stem}.ipynb", **own, data=s.data, archs=" ".join(x.arch for x in studies), ratios=list(s.ratios), seeds=s.seeds, scale=s.scale,
                             epochs=s.epochs or 0, subset=s.subset or 0, width=s.width, precision=s.precision, margin=s.margin or 0., alpha=s.alpha,
                             store=str(trial.store.path.resolve()), root=root or "", device=device, workers=workers or 0)
     page = trial.page(out/f"{stem}.html")
@@ -183,7 +184,7 @@ def _trial(studies:list, out:Path, store, root, device, workers, method:str, ste
 @command
 @call_parse
 def run(
-    method:str, # a method that has an experiment notebook
+    method:str, # see `rethink-nb methods`
     data:str="digits", # data set
     arch:str="vgg-digits", # network
     ratio:str="0.3,0.5", # fractions of channels removed, separated by commas
@@ -204,11 +205,9 @@ def run(
     "Carry out a trial: parent, pruned, fine-tuned, Scratch-E, Scratch-B and controls"
     from rethink_nb.core.files import folder
     from rethink_nb.study.grid import Study
-    from rethink_nb.study.notebook import experiments
     numbers = _ratio(ratio)
     s = Study(data=data, arch=arch, method=method, ratios=numbers if isinstance(numbers, list) else [numbers], seeds=seeds, scale=scale or None, epochs=epochs or None,
               subset=subset or None, width=width, precision=precision, margin=margin or None, alpha=alpha)
-    experiments().get(method)
     return _trial([s], folder(out, "out"), store, root, device, workers, method, f"{method}-{data}-{arch}")
 
 # %% ../nbs/cli.ipynb #5ab6ec59
@@ -262,7 +261,11 @@ def _call(name:str, argv:list[str]) -> int:
     parser = anno_parser(func, prog=f"rethink-nb {name}")
     def refuse(message): raise UserError(f"{name}: {message}; see rethink-nb {name} --help")
     parser.error = refuse
+    parser.add_argument("--plugin", default="", help="Python files that register methods of your own, separated by commas")
     args = vars(parser.parse_args(argv))
+    if plugins := args.pop("plugin"):
+        from rethink_nb.methods.plugins import load_plugin
+        for path in plugins.split(","): load_plugin(path)
     for extra in ("pdb", "xtra"): args.pop(extra, None)
     return func(**args) or 0
 

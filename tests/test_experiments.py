@@ -21,11 +21,11 @@ def test_smoke(name, tmp_path):
 
 @pytest.mark.skipif(not Path("/usr/share/datasets/fashion-mnist").is_dir(), reason="Debian's dataset-fashion-mnist is not installed")
 def test_other_parameters(tmp_path):
-    out = run_notebook("l1", tmp_path/"fm.ipynb", data="fashion-mnist", archs="resnet20", width=.25, subset=500, epochs=1, seeds=1, ratios=[.5], store=str(tmp_path/"runs"))
+    out = run_notebook("trial", tmp_path/"fm.ipynb", data="fashion-mnist", archs="resnet20", width=.25, subset=500, epochs=1, seeds=1, ratios=[.5], store=str(tmp_path/"runs"))
     text = out.read_text()
     assert "resnet20 on fashion-mnist" in text and "holds for these networks and data" in text
 
 
 def test_a_failing_cell_is_kept(tmp_path):
-    with pytest.raises(UserError, match="unknown network 'nope'"): run_notebook("l1", tmp_path/"x.ipynb", archs="nope")
+    with pytest.raises(UserError, match="unknown network 'nope'"): run_notebook("trial", tmp_path/"x.ipynb", archs="nope")
     assert [p.name for p in tmp_path.iterdir()] == ["x.failed.ipynb"]

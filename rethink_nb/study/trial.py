@@ -15,8 +15,9 @@ from fastcore.basics import patch
 from msgspec.structs import asdict
 
 from ..core.errors import UserError
+from ..methods.plugins import plugin_of
 from .grid import COMPARISONS, Cell, Study, runs_of, scales
-from .pool import load_all, n_workers, run_all
+from .pool import check_methods, load_all, n_workers, run_all
 from .store import Store
 from ..training.arms import arms
 from ..training.ledger import Cost
@@ -80,6 +81,7 @@ class Trial:
 def check(self:Trial, workers:int | None=None, device:str="auto", root=None):
     "Refuse what cannot be carried out (data that are missing, a device that is not there) before anything is written"
     n_workers(workers, device, 1)
+    check_methods(self.todo)
     load_all(self.todo, root)
 
 # %% ../../nbs/study/trial.ipynb #63ece489
@@ -255,12 +257,12 @@ def commands(self:Trial) -> list[str]:
 # %% ../../nbs/study/trial.ipynb #fa3f66d2
 def command(s:Study, store:Store) -> str:
     "The command that carries a study out, or the Python expression where no command does"
-    from rethink_nb.study.notebook import experiments
-    if s.method not in experiments() or s.arms != Study(data=s.data, arch=s.arch).arms:
+    if s.arms != Study(data=s.data, arch=s.arch).arms:
         return f"Study({', '.join(f'{k}={v!r}' for k, v in s.to_dict().items())}).run(Store({str(store.path)!r}))"
     words = ["rethink-nb", "run", s.method, "--data", s.data, "--arch", s.arch, "--ratio", ",".join(map(str, s.ratios)), "--seeds", str(s.seeds), "--scale", s.scale]
     for k in ("epochs", "subset", "margin"): words += [f"--{k}", str(getattr(s, k))] if getattr(s, k) is not None else []
     for k, default in (("width", 1.), ("precision", "fp32"), ("alpha", .05)): words += [f"--{k}", str(getattr(s, k))] if getattr(s, k) != default else []
+    words += ["--plugin", str(file)] if (file := plugin_of(s.method)) else []
     return shlex.join([*words, "--store", str(store.path)])
 
 # %% ../../nbs/study/trial.ipynb #692dcd3c

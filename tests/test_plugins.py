@@ -1,0 +1,78 @@
+"A method of one's own, from a file or an installed package: listed, in a worker process, in a notebook."
+import json
+
+import pytest
+from conftest import ROOT, child
+
+PLUGIN = '''from rethink_nb.methods import Method, register
+from rethink_nb.methods.ranking import SCORE_OPTIONS, by_score, counts_by_scope
+
+def spread(net, site):
+    "Standard deviation of each filter's weights"
+    conv = net.get_submodule(net.arch.site(site).outs[0])
+    return conv.weight.flatten(1).std(1)
+
+register(Method("spread", "Largest spread of weights", "predefined", "mine", by_score(spread), counts_by_scope(), options=SCORE_OPTIONS))
+'''
+assert PLUGIN.count("\n") <= 15 # what a user is promised
+TRIAL = ["run", "spread", "--seeds", "2", "--epochs", "1", "--ratio", "0.5", "--workers", "2"]
+
+
+def said(done, code):
+    assert done.returncode == code, done.output
+    return done.output
+
+
+def test_a_file(tmp_path):
+    "Two worker processes prune by it, and the notebook's kernel counts and draws what they did"
+    (tmp_path/"mine.py").write_text(PLUGIN)
+    go = lambda *args: child("rethink-nb", *args, "--plugin", "mine.py", cwd=tmp_path)
+    assert "Largest spread of weights" in said(go("methods"), 0)
+    assert "spread 50%" in said(go(*TRIAL), 0)
+    records = [json.loads(p.read_text()) for p in (tmp_path/"runs").glob("*/record.json")]
+    assert sum(r["run"].get("method") == "spread" for r in records) == 2 and all(r["status"] == "done" for r in records)
+    text = (tmp_path/"spread-digits-vgg-digits.ipynb").read_text()
+    assert "Largest spread of weights" in text and "--plugin" in text
+    assert "spread" in said(go("report"), 0)
+
+
+def test_the_variable(tmp_path):
+    (tmp_path/"mine.py").write_text(PLUGIN)
+    given = dict(RETHINK_NB_PLUGINS=str(tmp_path/"mine.py"))
+    assert "spread" in said(child("rethink-nb", "methods", **given), 0)
+    (tmp_path/"mine.py").write_text("1/0\n")
+    output = said(child("rethink-nb", "methods", **given), 2)
+    assert output.count("\n") == 1 and "mine.py, line 1: ZeroDivisionError" in output
+
+
+@pytest.mark.parametrize("wrong, line", {"register(": "line 1: SyntaxError", "x = 1\nimport nothing_like_it": "line 2: ModuleNotFoundError",
+                                         PLUGIN.replace('"spread",', '"l1",'): "line 9: method 'l1' is registered already", "raise ValueError('two\\nlines')": "ValueError: two lines"}.items())
+def test_broken(tmp_path, wrong, line):
+    (tmp_path/"mine.py").write_text(wrong)
+    output = said(child("rethink-nb", *TRIAL, "--plugin", "mine.py", cwd=tmp_path), 2)
+    assert output.count("\n") == 1 and line in output
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.py"]
+
+
+def install(folder, name, value, source):
+    "A package as pip would leave it: its module, and metadata with an entry point"
+    (folder/f"{name}.py").write_text(source)
+    meta = folder/f"{name}-1.0.dist-info"
+    meta.mkdir()
+    (meta/"METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    (meta/"entry_points.txt").write_text(f"[rethink_nb.methods]\n{name} = {value}\n")
+
+
+def test_an_installed_package(tmp_path):
+    "A module that registers itself, and a broken neighbour that is left out with a word"
+    install(tmp_path, "mine", "mine", PLUGIN)
+    install(tmp_path, "broken", "broken", "1/0\n")
+    done = child("rethink-nb", *TRIAL, cwd=tmp_path, path=f"{ROOT}:{tmp_path}")
+    assert "spread 50%" in said(done, 0)
+    assert "methods of broken (rethink_nb.methods) are left out: ZeroDivisionError" in done.stderr
+
+
+def test_an_installed_method(tmp_path):
+    "The entry point may be the method itself"
+    install(tmp_path, "mine", "mine:method", PLUGIN.replace("register(Method(", "method = (Method("))
+    assert "Largest spread of weights" in said(child("rethink-nb", "methods", path=f"{ROOT}:{tmp_path}"), 0)
