@@ -28,12 +28,15 @@ class Recipe(Record, frozen=True):
     weight_decay: float = 1e-4 # on all parameters, batch norm included, as in the reference
     augment: bool = True # random crops and flips, as far as the data set allows them
     precision: str = "fp32" # "fp32", or "bf16" autocast
+    skip: int = 0 # steps of the optimiser that are left out at the start: rate, order and augmentation are those of the whole training
+    stop: int | None = None # ends after this step, counted from the start of the whole training; None: after all
 
     def __post_init__(self):
         check_types(self)
         if self.epochs < 0 or self.batch < 1 or not self.lr > 0: raise UserError(f"a recipe needs epochs >= 0, batch >= 1, lr > 0: {self.epochs}, {self.batch}, {self.lr} given")
         if self.schedule not in ("steps", "constant", "cosine"): raise UserError(f"schedule {self.schedule!r}: give 'steps', 'constant' or 'cosine'")
         if self.precision not in ("fp32", "bf16"): raise UserError(f"precision {self.precision!r}: give 'fp32' or 'bf16'")
+        if self.skip < 0 or self.stop is not None and self.stop < self.skip: raise UserError(f"skip {self.skip}, stop {self.stop}: give steps with 0 <= skip <= stop")
 
 # %% ../../nbs/training/recipe.ipynb #60e04c0f
 @patch
