@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,42 @@ def test_a_full_ticket_is_the_dense_network_again(data, dense):
 def test_going_back_to_the_end_changes_nothing(dense):
     p = methods.prune("lottery", dense[0], 0., init=dense[0])
     assert same_tensors(p.net.state_dict(), dense[0].state_dict())
+
+
+def test_from_step_k_on_the_training_is_replayed(data):
+    "Crops and flips included, in the middle of an epoch (7 steps each); without momentum the parts are the whole"
+    data, calm = replace(data, pad=1, flip=True), RECIPE.replace(momentum=0.)
+    whole, parts = ARCH.build(seed=1), ARCH.build(seed=1)
+    T.train(whole, data, calm, seed=1, device="cpu")
+    costs = [T.train(parts, data, calm.replace(skip=a, stop=b), seed=1, device="cpu").cost for a, b in ((0, 5), (5, 10), (10, None))]
+    assert [c.steps for c in costs] == [5, 5, 11] and sum(c.images for c in costs) == 3*200
+    assert same_tensors(whole.state_dict(), parts.state_dict())
+
+
+def test_a_late_ticket_starts_from_step_k(data, dense):
+    early = ARCH.build(seed=1)
+    T.train(early, data, RECIPE.replace(stop=10), seed=1, device="cpu")
+    ticket = methods.prune("lottery", dense[0], .5, init=early)
+    for name, v in early.state_dict().items(): assert torch.equal(ticket.net.state_dict()[name], v*ticket.masks[name] if name in ticket.masks else v)
+    h = T.train(ticket.net, data, RECIPE.replace(skip=10), callbacks=ticket.callbacks(), seed=1, device="cpu")
+    assert h.cost.steps == 11 and [row["epoch"] for row in h.rows] == [2, 3] and h.rows[-1]["lr"] == dense[1].rows[-1]["lr"]
+    assert not any(ticket.net.get_parameter(n)[~m].any() for n, m in ticket.masks.items())
+    end = methods.prune("lottery", dense[0], .5, init=dense[0])
+    before = {k: v.clone() for k, v in end.net.state_dict().items()}
+    assert T.train(end.net, data, RECIPE.replace(skip=21), callbacks=end.callbacks(), seed=1, device="cpu").cost.steps == 0
+    assert same_tensors(before, end.net.state_dict())
+
+
+@pytest.mark.parametrize("k", [0, 10])
+def test_a_part_of_a_training_killed_and_resumed_is_the_same(tmp_path, data, k):
+    at, whole, net, epochs = tmp_path/"checkpoint.safetensors", ARCH.build(seed=1), ARCH.build(seed=1), []
+    part = RECIPE.replace(skip=k, stop=17)
+    h = T.train(whole, data, part, seed=1, device="cpu")
+    def die(row):
+        if row["epoch"] == 2: raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): T.train(ARCH.build(seed=1), data, part, seed=1, device="cpu", checkpoint=at, report=die)
+    again = T.train(net, data, part, seed=1, device="cpu", checkpoint=at, report=lambda row: epochs.append(row["epoch"]))
+    assert epochs == [3] and same_tensors(whole.state_dict(), net.state_dict()) and curve(again) == curve(h) and h.cost.steps == 17 - k
 
 
 def test_pruned_weights_are_zero_at_every_epochs_end(data, dense):
