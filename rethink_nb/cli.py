@@ -173,6 +173,7 @@ def _trial(studies:list, out:Path, store, root, device, workers, method:str, ste
     own = dict(method=method) if "method" in parameters(experiment) else {}
     notebook = run_notebook(experiment, out/f"{stem}.ipynb", **own, data=s.data, archs=" ".join(x.arch for x in studies), ratios=list(s.ratios), seeds=s.seeds, scale=s.scale,
                             epochs=s.epochs or 0, subset=s.subset or 0, width=s.width, precision=s.precision, margin=s.margin or 0., alpha=s.alpha,
+                            options=s.options, rounds=s.rounds, rewind=s.rewind, cap=s.cap or 0.,
                             store=str(trial.store.path.resolve()), root=root or "", device=device, workers=workers or 0)
     page = trial.page(out/f"{stem}.html")
     table = write_text(out/f"{stem}.csv", trial.table().to_csv(index=False))
@@ -187,13 +188,17 @@ def run(
     method:str, # see `rethink-nb methods`
     data:str="digits", # data set
     arch:str="vgg-digits", # network
-    ratio:str="0.3,0.5", # fractions of channels removed, separated by commas
+    ratio:str="0.3,0.5", # fractions of channels, or weights, removed, separated by commas
     seeds:int=3, # replicates
     scale:str="", # smoke, pocket or paper: sets the margin; empty: the usual one of the data set
     epochs:int=0, # the parent's; 0: the recipe's
     subset:int=0, # training images; 0: all
     width:float=1., # multiplier of the network's widths
     precision:str="fp32", # fp32 or bf16
+    options:str="", # of the method, such as scope=global,strength=1e-4
+    rounds:int=1, # prune so many times, with training between
+    rewind:int=0, # lottery: steps after which the tickets' weights are those of the parent
+    cap:float=0., # Scratch-B at most so many times as long as the parent; 0: twice where single weights go, else any
     margin:float=0., # points of accuracy that count as equal; 0: the scale's
     alpha:float=.05, # intervals cover 1 - alpha
     store:str="runs", # folder of results
@@ -207,7 +212,7 @@ def run(
     from rethink_nb.study.grid import Study
     numbers = _ratio(ratio)
     s = Study(data=data, arch=arch, method=method, ratios=numbers if isinstance(numbers, list) else [numbers], seeds=seeds, scale=scale or None, epochs=epochs or None,
-              subset=subset or None, width=width, precision=precision, margin=margin or None, alpha=alpha)
+              subset=subset or None, width=width, precision=precision, margin=margin or None, alpha=alpha, options=_options(options), rounds=rounds, rewind=rewind, cap=cap or None)
     return _trial([s], folder(out, "out"), store, root, device, workers, method, f"{method}-{data}-{arch}")
 
 # %% ../nbs/cli.ipynb #5ab6ec59

@@ -20,7 +20,8 @@ from .tables import arm_order
 # %% ../../nbs/report/figures.ipynb #609ac991
 _looks = {"parent": ("#000000", "star"), "pruned": ("#8c8c8c", "x"), "fine-tune": ("#E69F00", "circle"),
           "fine-tune-large": ("#D55E00", "square"), "scratch-e": ("#56B4E9", "diamond"), "scratch-b": ("#0072B2", "triangle-up"),
-          "random-channels": ("#CC79A7", "triangle-down")}
+          "random-channels": ("#CC79A7", "triangle-down"),
+          "shuffled-mask": ("#CC79A7", "triangle-down"), "ticket": ("#E69F00", "circle"), "random-ticket": ("#56B4E9", "diamond")}  # never beside their like
 _later = ("#009E73", "pentagon")  # shared by arms that came later
 
 # %% ../../nbs/report/figures.ipynb #7f3c49ae
@@ -171,11 +172,12 @@ def _cost_points(frame, x, value, alpha):
 
 # %% ../../nbs/report/figures.ipynb #fbd4827f
 def fig_widths(widths, # columns network, method, ratio, site, width, full
+               what="channels", # or "weights", of a layer
               ):
-    "Kept channels over the parent's, a bar per site, a panel per network and ratio"
+    "Kept channels, or weights, over the parent's, a bar per site, a panel per network and ratio"
     rows = _panelled(widths)
     options = _options(rows) | dict(color_discrete_map=dict(parent="#d4d4d4", kept="#0072B2"))
-    bars = pd.concat([rows.assign(channels=rows.full, which="parent"), rows.assign(channels=rows.width, which="kept")])
-    fig = px.bar(bars, x="site", y="channels", color="which", barmode="overlay", opacity=1,
+    bars = pd.concat([rows.assign(**{what: rows.full}, which="parent"), rows.assign(**{what: rows.width}, which="kept")])
+    fig = px.bar(bars, x="site", y=what, color="which", barmode="overlay", opacity=1,
                  hover_data=dict(net=False, cut=False), **options)
-    return _finish(fig, "Channels kept at each site", legend="")
+    return _finish(fig, f"{what.capitalize()} kept in each {'layer' if what == 'weights' else 'site'}", legend="")

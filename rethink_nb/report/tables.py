@@ -13,8 +13,8 @@ import pandas as pd
 from ..core.errors import UserError
 from .stats import done, summary
 
-# %% ../../nbs/report/tables.ipynb #8a0563bf
-ARM_ORDER = ("parent", "pruned", "fine-tune", "fine-tune-large", "lr-rewind", "weight-rewind", "scratch-e", "scratch-b",
+# %% ../../nbs/report/tables.ipynb #f3a5f2e9
+ARM_ORDER = ("parent", "pruned", "fine-tune", "fine-tune-large", "lr-rewind", "weight-rewind", "ticket", "random-ticket", "scratch-e", "scratch-b",
              "random-channels", "uniform", "shuffled-mask", "random-mask")
 
 # %% ../../nbs/report/tables.ipynb #2178dbf4

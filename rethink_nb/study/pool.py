@@ -19,19 +19,19 @@ from ..methods.plugins import known_to_workers
 from .grid import Run
 from .run import data_of, start_worker, work
 from .store import Store
-from ..training.loop import pick_device
+from ..training.loop import pick_device, steps_of
 
 # %% ../../nbs/study/pool.ipynb #4690e917
 def ready(waiting:Iterable[Run], running:Iterable[Run]) -> list[Run]:
-    "Waiting runs whose start is done"
+    "Waiting runs whose needs are done"
     waiting = list(waiting)
     open_ids = {r.id for r in [*waiting, *running]}
-    return [r for r in waiting if not (r.start and r.start.id in open_ids)]
+    return [r for r in waiting if not any(b.id in open_ids for b in r.befores())]
 
 # %% ../../nbs/study/pool.ipynb #d20107c1
 def lost(waiting:Iterable[Run], failed:Iterable[str]) -> list[Run]:
-    "Waiting runs whose start is among the ids of failed ones"
-    return [r for r in waiting if r.start and r.start.id in failed]
+    "Waiting runs that need one of failed ids"
+    return [r for r in waiting if any(b.id in failed for b in r.befores())]
 
 # %% ../../nbs/study/pool.ipynb #64a3fd47
 class _Bars:
@@ -54,8 +54,10 @@ class _Bars:
 
 # %% ../../nbs/study/pool.ipynb #4ec6beb3
 def load_all(runs:Iterable[Run], root=None):
-    "Load the data of all runs, so that missing ones are refused before anything starts"
-    for ref in {r.data for r in runs}: data_of(ref, root)
+    "Load the data of all runs, so that missing ones, or too few for what a recipe skips, are refused before anything starts"
+    sizes = {ref: len(data_of(ref, root).train) for ref in {r.data for r in runs}}
+    for r in runs:
+        if r.recipe: steps_of(r.recipe, sizes[r.data])
 
 # %% ../../nbs/study/pool.ipynb #8378a4de
 def check_methods(runs:Iterable[Run]):
@@ -96,8 +98,9 @@ def _in_processes(todo:list[Run], store:Store, n:int, device:str, root, bars:_Ba
     pool = ProcessPoolExecutor(n, mp_context=get_context("spawn"), initializer=start_worker)
     try:
         while waiting or running:
-            for r in lost(waiting.values(), errors): # no use in training its start again for each of its descendants
-                errors[waiting.pop(r.id).id] = f"{r.label}: it starts from {r.start.id}, which failed"
+            while gone := lost(waiting.values(), errors): # no use in training its start again for each of its descendants
+                r = gone[0]
+                errors[waiting.pop(r.id).id] = f"{r.label}: it starts from {next(b.id for b in r.befores() if b.id in errors)}, which failed"
                 bars.study.update()
             for r in ready(waiting.values(), running.values())[:n + 1 - len(running)]: # one in hand, so that no worker waits
                 running[pool.submit(work, waiting.pop(r.id), store.path, device, root)] = r

@@ -13,15 +13,18 @@ from pathlib import Path
 import torch
 from fastcore.basics import patch
 from filelock import FileLock
+from safetensors.torch import save as save_tensors
 from torch import nn
 
 from .. import __version__
+from ..arch.count import count
+from ..arch.spec import Arch
 from ..core.errors import UserError
-from ..core.files import folder, write_text
+from ..core.files import folder, write_bytes, write_text
 from ..core.record import read_json
 from .grid import Run
 from ..surgery.plan import Plan
-from ..surgery.saved import load, save
+from ..surgery.saved import load, read_weights, save
 
 # %% ../../nbs/study/store.ipynb #39bf0b15
 class Store:
@@ -70,6 +73,29 @@ def network(self:Store, id:str) -> nn.Module:
 
 # %% ../../nbs/study/store.ipynb #e6222c93
 @patch
+def arch(self:Store, id:str) -> Arch:
+    "The architecture that a run ended with"
+    return Arch.read(self/id/"arch.json")
+
+# %% ../../nbs/study/store.ipynb #fa7888a1
+@patch
+def masks(self:Store, id:str) -> dict[str, torch.Tensor] | None:
+    "Which weights a pruning left, by parameter name; None where channels went"
+    path = self/id/"plan.json"
+    return {k: m.tensor() for k, m in Plan.read(path).masks.items()} or None if path.is_file() else None
+
+# %% ../../nbs/study/store.ipynb #8a406415
+@patch
+def states(self:Store, id:str) -> list[dict[str, torch.Tensor]]:
+    "What each callback of a training kept, in their order; those that kept nothing are left out"
+    path, found = self/id/"callbacks.safetensors", {}
+    for key, v in (read_weights(path) if path.is_file() else {}).items():
+        i, _, name = key.partition(".")
+        found.setdefault(int(i), {})[name] = v
+    return [found[i] for i in sorted(found)]
+
+# %% ../../nbs/study/store.ipynb #03e5ce5c
+@patch
 def curve(self:Store, id:str):
     "The epochs of a run as a DataFrame, empty for a pruning"
     from pandas import DataFrame, errors, read_csv
@@ -77,13 +103,13 @@ def curve(self:Store, id:str):
     try: return read_csv(path) if path.is_file() else DataFrame()
     except (errors.ParserError, errors.EmptyDataError, UnicodeDecodeError): raise UserError(f"{path}: damaged; remove the folder {path.parent} to have it run again") from None
 
-# %% ../../nbs/study/store.ipynb #fa7888a1
+# %% ../../nbs/study/store.ipynb #859b6f9f
 @patch
 def work(self:Store, run:Run) -> Path:
     "Where a run is carried out"
     return self/".work"/run.id
 
-# %% ../../nbs/study/store.ipynb #8a406415
+# %% ../../nbs/study/store.ipynb #e4191d5b
 @patch
 def lock(self:Store, run:Run) -> FileLock:
     "Held while a run is carried out"
@@ -99,7 +125,7 @@ def environment(
     return dict(python=platform.python_version(), torch=torch.__version__, machine=platform.machine(), system=platform.system(),
                 cpu=torch.backends.cpu.get_cpu_capability(), device=torch.cuda.get_device_name(device) if device.startswith("cuda") else device)
 
-# %% ../../nbs/study/store.ipynb #03e5ce5c
+# %% ../../nbs/study/store.ipynb #7c15b0e0
 @patch
 def finish(self:Store,
     run:Run,
@@ -108,27 +134,31 @@ def finish(self:Store,
     cost:dict, # from a `Cost`
     curve=None, # DataFrame, a row an epoch
     plan:Plan | None=None, # of a pruning
+    masks:dict[str, torch.Tensor] | None=None, # which weights are there, by parameter name; None: all
+    states:list[dict[str, torch.Tensor]]=(), # what each callback kept
     device:str="cpu", # that was used
     **more, # further entries of the record
 ) -> dict: # the record
     "Put a finished run in place; with the same folder there already, the new one stays"
     at = save(self.work(run), net, plan)
     if curve is not None: write_text(at/"curve.csv", curve.to_csv(index=False))
+    if kept := {f"{i}.{k}": v.contiguous() for i, state in enumerate(states) for k, v in state.items()}: write_bytes(at/"callbacks.safetensors", save_tensors(kept))
     c = net.arch.count()
+    if masks: more |= dict(nonzero_params=c.params - sum(int((~m).sum()) for m in masks.values()), nonzero_macs=count(net, net.arch.input).nonzero_macs)
     return self._place(run, dict(status="done", metrics=metrics, cost=cost, params=c.params, macs=c.macs, flops=c.flops,
                                  weights_sha256=hashlib.sha256((at/"weights.safetensors").read_bytes()).hexdigest(), **more), device)
 
-# %% ../../nbs/study/store.ipynb #859b6f9f
+# %% ../../nbs/study/store.ipynb #1edde3fe
 @patch
 def fail(self:Store, run:Run, error:str, device:str="cpu") -> dict:
     "Keep the record of a run that ended badly; asked for again, it is tried again"
     return self._place(run, dict(status="failed", error=error), device)
 
-# %% ../../nbs/study/store.ipynb #e4191d5b
+# %% ../../nbs/study/store.ipynb #fc8e03fe
 @patch
 def _place(self:Store, run:Run, content:dict, device:str) -> dict:
     "Write the record and rename the work folder into place"
-    record = dict(id=run.id, group=run.group, start=run.start.id if run.start else "", run=run.to_dict(), **content, environment=environment(device),
+    record = dict(id=run.id, group=run.group, start=run.start.id if run.start else "", needs=[r.id for r in run.befores()], run=run.to_dict(), **content, environment=environment(device),
                   version=__version__, written=datetime.now(timezone.utc).isoformat(timespec="seconds"))
     at, end = self.work(run), self/run.id
     write_text(at/"record.json", json.dumps(record, indent=1) + "\n")

@@ -15,8 +15,10 @@ from fastcore.basics import patch
 from msgspec.structs import asdict
 
 from ..core.errors import UserError
+from ..methods.base import pruned_arch
 from ..methods.plugins import plugin_of
-from .grid import COMPARISONS, Cell, Study, runs_of, scales
+from .cells import Cell, runs_of
+from .grid import COMPARISONS, USUAL, Run, Study, scales
 from .pool import check_methods, load_all, n_workers, run_all
 from .store import Store
 from ..training.arms import arms
@@ -38,8 +40,13 @@ def _row(cell:Cell, store:Store) -> dict:
     names = {k: getattr(cell, k) for k in ("data", "network", "method", "ratio", "arm", "seed")}
     return dict(**names, parent_seed=first.seed, run=cell.run.id, parent=first.id if len(line) > 1 else "", status=status,
                 **{k: last.get("metrics", {}).get(k, float("nan")) for k in ("test_acc", "test_loss", "val_acc", "val_loss")},
-                epochs=cell.run.recipe.epochs if cell.run.recipe else 0, **{k: last.get(k) for k in ("params", "macs", "flops")},
+                epochs=last.get("epochs", cell.run.recipe.epochs if cell.run.recipe else 0), **_size(last),
                 train_macs=own.macs, total_macs=total.macs, seconds=own.seconds, total_seconds=total.seconds, **exact)
+
+# %% ../../nbs/study/trial.ipynb #308bb0c9
+def _size(record:dict) -> dict:
+    "Parameters, MACs and FLOPs; of a network with masks those of the weights that are there, but for FLOPs, which know no zeros"
+    return {k: record.get(f"nonzero_{k}", record.get(k)) for k in ("params", "macs", "flops")}
 
 # %% ../../nbs/study/trial.ipynb #1f2035b8
 def curve_frame(cells:list[Cell], store:Store):
@@ -113,6 +120,13 @@ def curves(self:Trial):
     "One row an epoch of every training"
     return curve_frame(self.cells, self.store)
 
+# %% ../../nbs/study/trial.ipynb #d5058e0e
+def _purpose(r:Run, c:Cell) -> str:
+    "What a run was for, to a cell that hangs on it"
+    if r.kind == "prune": return "pruning"
+    if r is c.run: return c.arm
+    return "between rounds" if r.start else "parent" if r.recipe.stop is None else "parent's first steps"
+
 # %% ../../nbs/study/trial.ipynb #e2d22105
 @patch
 def costs(self:Trial):
@@ -120,7 +134,7 @@ def costs(self:Trial):
     from pandas import DataFrame
     first = {}
     for c in self.cells:
-        for r in c.run.lineage(): first.setdefault(r.id, (c.network, "pruning" if r.kind == "prune" else c.arm if r is c.run else "parent"))
+        for r in c.run.lineage(): first.setdefault(r.id, (c.network, _purpose(r, c)))
     rows = [dict(network=n, what=what, runs=1, **asdict(Cost(**(self.store.record(id) or {}).get("cost", {})))) for id, (n, what) in first.items()]
     return DataFrame(rows).groupby(["network", "what"], sort=False).sum()
 
@@ -160,26 +174,35 @@ def figure(self:Trial, kind:str="curves"):
     "A plotly figure: curves, arms, cost or widths"
     from rethink_nb.report import figures
     if kind not in FIGURES: raise UserError(f"unknown figure {kind!r}: there are {', '.join(FIGURES)}")
-    if kind == "widths": return figures.fig_widths(widths_frame(self.studies))
+    if kind == "widths": return figures.fig_widths(widths_frame(self.studies, self.store), "weights" if all(s.counts == {} for s in self.studies) else "channels")
     if kind == "curves": return figures.fig_curves(self.curves())
     return figures.fig_arms(self.frame()) if kind == "arms" else figures.fig_accuracy_cost(self.frame(), x="total_macs")
 
-# %% ../../nbs/study/trial.ipynb #bd27407d
-def widths_frame(studies:Iterable[Study]):
-    "Channels kept at every inner site and ratio, beside the full width, as a DataFrame"
+# %% ../../nbs/study/trial.ipynb #f4eadee1
+def widths_frame(
+    studies:Iterable[Study],
+    store:Store | None=None, # where found widths are looked up
+):
+    "Channels kept at every inner site and ratio, or weights kept in every layer, beside the full number, as a DataFrame; where each seed found its own, their mean"
     from pandas import DataFrame
-    rows = []
-    for s in studies:
-        small = {c.ratio: c.run.arch for c in s.cells() if c.ratio and c.run.kind == "train"}
-        rows += [dict(data=s.data, network=s.arch, method=s.method, ratio=r, site=x.name, width=a.site(x.name).width, full=x.width) for r, a in small.items() for x in s.base.sites() if x.free]
-    return DataFrame(rows)
+    rows = [dict(data=s.data, network=s.arch, method=s.way, ratio=r, site=site, width=kept, full=full) for s in studies for r in s.ratios for site, kept, full in _kept(s, r, store)]
+    return DataFrame(rows).groupby(["data", "network", "method", "ratio", "site"], sort=False, as_index=False).mean() if rows else DataFrame()
+
+# %% ../../nbs/study/trial.ipynb #78e5e4cd
+def _kept(s:Study, ratio:float, store:Store | None) -> list[tuple[str, int, int]]: # site, what is kept, of how many
+    "What a study keeps at a ratio; once a seed where trained weights say it"
+    free, widths = [x for x in s.base.sites() if x.free], lambda small: [(x.name, small.site(x.name).width, x.width) for x in free]
+    if s.known: return widths(pruned_arch(s.method, s.base, **s.request(ratio)))
+    done = [r.id for r in (s.prune_run(s.method, ratio, seed) for seed in range(s.seeds)) if store and store.done(r)]
+    if s.counts != {}: return [row for id in done for row in widths(store.arch(id))]
+    return [(name.removesuffix(".weight"), int(m.sum()), m.numel()) for id in done for name, m in store.masks(id).items()]
 
 # %% ../../nbs/study/trial.ipynb #0765ffa0
 def setup_of(s:Study) -> str:
     "One line on a study: network, images, epochs, seeds"
     images = "all training images" if s.subset is None else f"a subset of {s.subset:,} training images"
     width = f" at {s.width:g} x its width" if s.width != 1 else ""
-    return (f"{s.arch}{width} on {s.data} ({images}), {s.method} at {', '.join(f'{r:.0%}' for r in s.ratios)}: parent {s.recipe.epochs} epochs, "
+    return (f"{s.arch}{width} on {s.data} ({images}), {s.way} at {', '.join(f'{r:.0%}' for r in s.ratios)}: parent {s.recipe.epochs} epochs, "
             f"rate {s.recipe.lr:g} {s.recipe.schedule}, {s.precision}, {s.seeds} seeds")
 
 # %% ../../nbs/study/trial.ipynb #cf545807
@@ -217,18 +240,28 @@ def unfinished(self:Trial) -> str:
     left = self.frame().query("status != 'done'")
     return "" if left.empty else f"{len(left)} of {len(self.cells)} cells have no result: " + ", ".join(f"{n} {status}" for status, n in left.status.value_counts().items())
 
+# %% ../../nbs/study/trial.ipynb #2534bd0d
+_MASKED = "params, MACs: where single weights go, those that stay; training computes all, and so do its costs"
+
+@patch
+def _drawn(self:Trial, kind:str):
+    "A figure, or a word where nothing is done yet that it could show"
+    try: return self.figure(kind)
+    except UserError as e: return str(e)
+
 # %% ../../nbs/study/trial.ipynb #ac3df6a3
 @patch
 def sections(self:Trial) -> list[tuple]:
     "Headings and bodies of its page"
     from rethink_nb.report.tables import shown
     used = dict.fromkeys(c.arm for c in self.cells)
-    how = [*(f"{a}: {arms.get(a).title}" for a in used), "train: multiply-accumulates of the arm's own training; from zero: with those of the parent it hangs on",
+    how = [*(f"{a}: {arms.get(a).title}" for a in used), *([_MASKED] if any(s.counts == {} for s in self.studies) else []),
+           "train: multiply-accumulates of the arm's own training; from zero: with those of the parent it hangs on",
            "verdict: equivalent where the whole interval of the difference lies within the margin, better or worse where it does not and excludes 0, else undecided; "
            "n=3 pairs: both arms of a pair hang on one parent; n=3+3: they do not"]
-    return [("What was run", [*self.setup(), self.caution()]), ("How to read this", how), ("Verdicts", self.statements()), ("Accuracy of every arm", self.figure("arms")),
-            ("Every arm", [shown(self.table()), *filter(None, [self.unfinished()])]), ("Accuracy over training", self.figure("curves")),
-            ("Accuracy against what it cost from nothing", self.figure("cost")), ("Widths", self.figure("widths")),
+    return [("What was run", [*self.setup(), self.caution()]), ("How to read this", how), ("Verdicts", self.statements()), ("Accuracy of every arm", self._drawn("arms")),
+            ("Every arm", [shown(self.table()), *filter(None, [self.unfinished()])]), ("Accuracy over training", self._drawn("curves")),
+            ("Accuracy against what it cost from nothing", self._drawn("cost")), ("What is kept", self._drawn("widths")),
             ("Smaller and masked network", str(self.exactness())), ("How to make it again", self.commands())]
 
 # %% ../../nbs/study/trial.ipynb #2437b8df
@@ -257,11 +290,12 @@ def commands(self:Trial) -> list[str]:
 # %% ../../nbs/study/trial.ipynb #fa3f66d2
 def command(s:Study, store:Store) -> str:
     "The command that carries a study out, or the Python expression where no command does"
-    if s.arms != Study(data=s.data, arch=s.arch).arms:
+    if s.arms != USUAL[s.prunes]:
         return f"Study({', '.join(f'{k}={v!r}' for k, v in s.to_dict().items())}).run(Store({str(store.path)!r}))"
     words = ["rethink-nb", "run", s.method, "--data", s.data, "--arch", s.arch, "--ratio", ",".join(map(str, s.ratios)), "--seeds", str(s.seeds), "--scale", s.scale]
     for k in ("epochs", "subset", "margin"): words += [f"--{k}", str(getattr(s, k))] if getattr(s, k) is not None else []
-    for k, default in (("width", 1.), ("precision", "fp32"), ("alpha", .05)): words += [f"--{k}", str(getattr(s, k))] if getattr(s, k) != default else []
+    words += ["--options", ",".join(f"{k}={v}" for k, v in s.options.items())] if s.options else []
+    for k, default in (("width", 1.), ("precision", "fp32"), ("alpha", .05), ("rounds", 1), ("rewind", 0), ("cap", None)): words += [f"--{k}", str(getattr(s, k))] if getattr(s, k) != default else []
     words += ["--plugin", str(file)] if (file := plugin_of(s.method)) else []
     return shlex.join([*words, "--store", str(store.path)])
 

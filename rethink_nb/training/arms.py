@@ -20,6 +20,9 @@ class Arm:
     title: str # for people
     start: str # "none": the unpruned architecture, fresh; "fresh": the pruned architecture, fresh; "method": the pruned network; else a control method's name
     recipe: Callable[[Recipe, float], Recipe] | None = None # (parent's recipe, cost of parent / cost of pruned) -> its recipe; None: no training
+    stretched: bool = False # whether that cost matters
+    late: bool = False # whether its training leaves out the steps before the one that a ticket goes back to
+    suits: tuple[str, ...] = ("channels", "weights", "tickets") # what is pruned: channels, single weights, or either with a return to the start
 
     @property
     def from_parent(self) -> bool:
@@ -28,12 +31,16 @@ class Arm:
 
 # %% ../../nbs/training/arms.ipynb #d770cf45
 arms = Registry("arm")
+_INHERITED = ("channels", "weights")
 for _arm in (
     Arm("parent", "Parent, unpruned", "none", lambda r, cost: r),
-    Arm("pruned", "Pruned, not retrained", "method"),
-    Arm("fine-tune", "Fine-tuned as in the paper (short, constant 0.001)", "method", lambda r, cost: fine_tune(r)),
-    Arm("fine-tune-large", "Fine-tuned at the parent's rate with its steps", "method", lambda r, cost: fine_tune_large(r)),
+    Arm("pruned", "Pruned, not retrained", "method", suits=_INHERITED),
+    Arm("fine-tune", "Fine-tuned as in the paper (short, constant 0.001)", "method", lambda r, cost: fine_tune(r), suits=_INHERITED),
+    Arm("fine-tune-large", "Fine-tuned at the parent's rate with its steps", "method", lambda r, cost: fine_tune_large(r), suits=_INHERITED),
     Arm("scratch-e", "Scratch-E: random weights, the parent's epochs", "fresh", lambda r, cost: scratch_e(r)),
-    Arm("scratch-b", "Scratch-B: random weights, the parent's compute", "fresh", lambda r, cost: scratch_b(r, cost)),
-    Arm("random-channels", "Random channels of the same widths, fine-tuned as in the paper", "random-channels", lambda r, cost: fine_tune(r)),
+    Arm("scratch-b", "Scratch-B: random weights, the parent's compute", "fresh", lambda r, cost: scratch_b(r, cost), stretched=True),
+    Arm("random-channels", "Random channels of the same widths, fine-tuned as in the paper", "random-channels", lambda r, cost: fine_tune(r), suits=("channels",)),
+    Arm("shuffled-mask", "As many weights of each layer at random places, fine-tuned as in the paper", "shuffled-mask", lambda r, cost: fine_tune(r), suits=("weights",)),
+    Arm("ticket", "Winning ticket: the weights of the start, trained as the parent was from there", "method", lambda r, cost: r, late=True, suits=("tickets",)),
+    Arm("random-ticket", "The ticket's architecture or masks with other random weights, trained like the ticket", "fresh", lambda r, cost: r, late=True, suits=("tickets",)),
 ): arms.register(_arm.name, _arm)
