@@ -105,7 +105,7 @@ def prune(
     macs:float=None, # instead: fraction of the MACs that stays
     params:float=None, # instead: fraction of the parameters that stays
     multiple:int=1, # round what is kept up to a multiple of this
-    options:str="", # the method's own options, such as scope=global,min_keep=1
+    options:str="", # the method's own options, such as scope=global,min_keep=1 or skip=conv1+conv2
     init:str="", # for lottery: a folder with the network before it was trained
     seed:int=0, # for methods that draw at random
     measure:bool=False, # time both networks on this machine, for the page
@@ -127,13 +127,13 @@ def prune(
 
 # %% ../nbs/cli.ipynb #7bca7b23
 def _options(text:str) -> dict:
-    "'scope=global,min_keep=1' as names and values: numbers, true and false, else words"
+    "'scope=global,min_keep=1,skip=conv1+conv2' as names and values: numbers, true and false, words, lists of words"
     pairs = [t.partition("=") for t in text.split(",")] if text else []
     for name, is_, value in pairs:
         if not (name and is_ and value): raise UserError(f"options {text!r}: give name=value, several separated by commas")
     def read(value):
         try: return json.loads(value.lower() if value.lower() in ("true", "false") else value)
-        except ValueError: return value
+        except ValueError: return value.split("+") if "+" in value else value
     return {name.strip().replace("-", "_"): read(value.strip()) for name, _, value in pairs}
 
 # %% ../nbs/cli.ipynb #0db62e1b

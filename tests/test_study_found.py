@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_study import NUMBERS, command, kill_after, numbers, stamps
 
-from rethink_nb.study import Store, Study, Trial, run_all
+from rethink_nb.study import Store, Study, Trial, execute
 
 SMALL = dict(data="digits", arch="vgg-digits", ratios=[.5], seeds=1, epochs=2, subset=300)
 STUDIES = {
@@ -21,8 +21,9 @@ STUDIES = {
 
 
 def carried_out(study, at):
+    "In this process: workers take longer to start than such a study takes"
     trial = Trial(study, Store(at/"runs"))
-    trial.run(workers=2, device="cpu", progress=False)
+    for r in trial.runs: execute(r, trial.store, "cpu")
     assert not trial.unfinished(), trial.frame()
     return trial, {c.arm: c.run for c in trial.cells}
 
@@ -103,7 +104,7 @@ def test_a_run_that_cannot_be_is_failed_and_the_rest_goes_on(more, arms, why, tm
     trial.page(tmp_path/"page.html")
 
 
-@pytest.mark.parametrize("name", ["slimming", "lottery"])
+@pytest.mark.parametrize("name", [pytest.param("slimming", marks=pytest.mark.slow), "lottery"])
 def test_killed_and_called_again(name, tmp_path):
     "Once in the parent's training, once after some runs; nothing finished is trained again; the end is the unbroken one"
     more = dict(slimming=["--options", "strength=0.001"], lottery=["--rounds", "2", "--rewind", "40"])[name]

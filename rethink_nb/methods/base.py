@@ -94,6 +94,7 @@ def read_request(
     if (name := next(iter(amount))) not in m.amounts: raise UserError(f"{m.name} does not go by {name}: give {' or '.join(m.amounts)}")
     for k in chosen:
         if k not in m.options: raise UserError(f"{m.name} has no option {k!r}: there are {', '.join(m.options) or 'none'}")
+    if isinstance(chosen.get("skip"), str): chosen["skip"] = (chosen["skip"],) # one name is a list of one, not of letters
     return amount, {**m.options, **chosen}
 
 # %% ../../nbs/methods/base.ipynb #8fee0f63

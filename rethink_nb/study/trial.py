@@ -294,7 +294,7 @@ def command(s:Study, store:Store) -> str:
         return f"Study({', '.join(f'{k}={v!r}' for k, v in s.to_dict().items())}).run(Store({str(store.path)!r}))"
     words = ["rethink-nb", "run", s.method, "--data", s.data, "--arch", s.arch, "--ratio", ",".join(map(str, s.ratios)), "--seeds", str(s.seeds), "--scale", s.scale]
     for k in ("epochs", "subset", "margin"): words += [f"--{k}", str(getattr(s, k))] if getattr(s, k) is not None else []
-    words += ["--options", ",".join(f"{k}={v}" for k, v in s.options.items())] if s.options else []
+    words += ["--options", ",".join(f"{k}={'+'.join(v) if isinstance(v, tuple) else v}" for k, v in s.options.items())] if s.options else []
     for k, default in (("width", 1.), ("precision", "fp32"), ("alpha", .05), ("rounds", 1), ("rewind", 0), ("cap", None)): words += [f"--{k}", str(getattr(s, k))] if getattr(s, k) != default else []
     words += ["--plugin", str(file)] if (file := plugin_of(s.method)) else []
     return shlex.join([*words, "--store", str(store.path)])
