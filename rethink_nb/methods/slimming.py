@@ -59,7 +59,7 @@ def scale_scores(
 ) -> torch.Tensor: # (channels,)
     "|gamma| of each channel of a site"
     s = net.arch.site(site)
-    if not (s.norms or s.whole): raise UserError(f"slimming has no scores for {site}: no batch norm scales its channels alone")
+    if s.kind == "stream" or not (s.norms or s.whole): raise UserError(f"slimming has no scores for {site}: no batch norm scales its channels alone")
     scales = net.get_submodule((s.norms or s.whole)[0]).weight.detach().abs()
     return scales[selected(net.arch, s)] if s.whole else scales
 
