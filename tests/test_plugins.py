@@ -76,3 +76,16 @@ def test_an_installed_method(tmp_path):
     "The entry point may be the method itself"
     install(tmp_path, "mine", "mine:method", PLUGIN.replace("register(Method(", "method = (Method("))
     assert "Largest spread of weights" in said(child("rethink-nb", "methods", path=f"{ROOT}:{tmp_path}"), 0)
+
+
+def test_a_family_in_a_worker(tmp_path):
+    "A network of one's own, tried by a trial: its worker processes load the file, too"
+    import inspect
+    import test_new_family as own
+    (tmp_path/"allconv.py").write_text("\n".join([
+        "from torch import nn", "from rethink_nb.arch import Arch, Family, Site, register_family", "from rethink_nb.arch.zoo import networks", inspect.getsource(own.AllConv), inspect.getsource(own.sites),
+        "register_family(Family('allconv', n_sites=lambda arch: sum(arch.stages), sites=sites, Net=AllConv))",
+        "networks.register('allconv4', lambda classes=10, input=(3, 32, 32), width=1.: Arch(family='allconv', stages=(2, 2), widths=(8, 12, 16, 10), classes=classes, input=input))"]))
+    done = child("rethink-nb", "run", "slimming", "--arch", "allconv4", "--plugin", "allconv.py", "--seeds", "1", "--epochs", "1", "--ratio", "0.5", cwd=tmp_path)
+    assert "allconv4, 1 epochs on digits" in said(done, 0)
+    assert "allconv4" in said(child("rethink-nb", "archs", "--plugin", "allconv.py", cwd=tmp_path), 0)
