@@ -47,7 +47,7 @@ def test_every_arm(name, tmp_path):
     first = next(n for n, p in trial.store.network(method.id).named_parameters() if p.dim() == 4)
     weights = {a: trial.store.network(r.id).get_parameter(first) for a, r in runs.items() if a != "parent"}
     assert len({tuple(w.flatten()[:9].tolist()) for w in weights.values()}) == len({r.id for a, r in runs.items() if a != "parent"})
-    assert len(trial.figure("widths").data) and s.way in trial.summary() and "no result" not in trial.summary()
+    assert trial.kept_figures() == ["weights" if masks else "widths"] and len(trial.figure(*trial.kept_figures()).data) and s.way in trial.summary() and "no result" not in trial.summary()
 
 
 def test_shuffled_masks_have_the_counts_that_rounds_left(tmp_path):

@@ -42,7 +42,7 @@ pio.templates["rethink"] = go.layout.Template(layout=dict(
 # %% ../../nbs/report/figures.ipynb #f64b6ea1
 _along = dict(epoch="epoch", macs="MACs of this training", seconds="seconds of this training")  # of a curve
 _words = {"macs": "MACs", "params": "parameters",
-          "total_macs": "MACs from nothing, parent's training included", "lr": "learning rate",
+          "total_macs": "MACs from nothing", "lr": "learning rate",
           "val_acc": "validation accuracy, %", "test_acc": "test accuracy, %", "train_acc": "training accuracy, %",
           "val_loss": "validation loss", "test_loss": "test loss", "train_loss": "training loss"}
 

@@ -119,13 +119,13 @@ def _values(a, b, paired):
 
 # %% ../../nbs/report/stats.ipynb #5b13d3e1
 def spread_parents(frame):
-    "The frame with the parents' rows repeated under each method and ratio of their network"
+    "The frame with the parents' rows repeated under each ratio of their network and method"
     mine = frame.arm == "parent"
     groups = frame.loc[~mine, ["data", "network", "method", "ratio"]].drop_duplicates()
     if groups.empty: return frame
-    parents = frame[mine].drop(columns=["method", "ratio"]).drop_duplicates()
+    parents = frame[mine].drop(columns="ratio").drop_duplicates()
     if "parent" in frame: parents = parents.assign(parent=parents.run)
-    return pd.concat([groups.merge(parents, on=["data", "network"]), frame[~mine]], ignore_index=True)[list(frame)]
+    return pd.concat([groups.merge(parents, on=["data", "network", "method"]), frame[~mine]], ignore_index=True)[list(frame)]
 
 # %% ../../nbs/report/stats.ipynb #67357dab
 def samples(frame, arm_a, arm_b, value="test_acc"):

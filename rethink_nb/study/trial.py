@@ -166,15 +166,16 @@ def exactness(self:Trial):
     from rethink_nb.report.stats import exactness
     return exactness(self.frame())
 
-# %% ../../nbs/study/trial.ipynb #5cb8c8ea
-FIGURES = ("curves", "arms", "cost", "widths")
+# %% ../../nbs/study/trial.ipynb #23ac8e57
+FIGURES = ("curves", "arms", "cost", "widths", "weights")
 
 @patch
 def figure(self:Trial, kind:str="curves"):
-    "A plotly figure: curves, arms, cost or widths"
+    "A plotly figure: curves, arms, cost, widths (channels kept) or weights (kept in each layer)"
     from rethink_nb.report import figures
     if kind not in FIGURES: raise UserError(f"unknown figure {kind!r}: there are {', '.join(FIGURES)}")
-    if kind == "widths": return figures.fig_widths(widths_frame(self.studies, self.store), "weights" if all(s.counts == {} for s in self.studies) else "channels")
+    if kind in ("widths", "weights"):
+        return figures.fig_widths(widths_frame([s for s in self.studies if (s.counts == {}) == (kind == "weights")], self.store), "weights" if kind == "weights" else "channels")
     if kind == "curves": return figures.fig_curves(self.curves())
     return figures.fig_arms(self.frame()) if kind == "arms" else figures.fig_accuracy_cost(self.frame(), x="total_macs")
 
@@ -240,6 +241,12 @@ def unfinished(self:Trial) -> str:
     left = self.frame().query("status != 'done'")
     return "" if left.empty else f"{len(left)} of {len(self.cells)} cells have no result: " + ", ".join(f"{n} {status}" for status, n in left.status.value_counts().items())
 
+# %% ../../nbs/study/trial.ipynb #ac3df6a3
+@patch
+def kept_figures(self:Trial) -> list[str]:
+    "Which of the figures `widths` and `weights` have something to show"
+    return [k for k, weights in (("widths", False), ("weights", True)) if any((s.counts == {}) == weights for s in self.studies)]
+
 # %% ../../nbs/study/trial.ipynb #2534bd0d
 _MASKED = "params, MACs: where single weights go, those that stay; training computes all, and so do its costs"
 
@@ -249,7 +256,7 @@ def _drawn(self:Trial, kind:str):
     try: return self.figure(kind)
     except UserError as e: return str(e)
 
-# %% ../../nbs/study/trial.ipynb #ac3df6a3
+# %% ../../nbs/study/trial.ipynb #ab9e842b
 @patch
 def sections(self:Trial) -> list[tuple]:
     "Headings and bodies of its page"
@@ -261,7 +268,7 @@ def sections(self:Trial) -> list[tuple]:
            "n=3 pairs: both arms of a pair hang on one parent; n=3+3: they do not"]
     return [("What was run", [*self.setup(), self.caution()]), ("How to read this", how), ("Verdicts", self.statements()), ("Accuracy of every arm", self._drawn("arms")),
             ("Every arm", [shown(self.table()), *filter(None, [self.unfinished()])]), ("Accuracy over training", self._drawn("curves")),
-            ("Accuracy against what it cost from nothing", self._drawn("cost")), ("What is kept", self._drawn("widths")),
+            ("Accuracy against what it cost from nothing", self._drawn("cost")), *(("Channels kept" if k == "widths" else "Weights kept", self._drawn(k)) for k in self.kept_figures()),
             ("Smaller and masked network", str(self.exactness())), ("How to make it again", self.commands())]
 
 # %% ../../nbs/study/trial.ipynb #2437b8df
@@ -275,13 +282,13 @@ def write_page_of(
     lead = " ".join(dict.fromkeys(t.note for t in trials))
     return write_page(path, "After pruning: the weights, or the architecture?", lead, [(prefix(t) + h, body) for t in trials for h, body in t.sections()])
 
-# %% ../../nbs/study/trial.ipynb #ab9e842b
+# %% ../../nbs/study/trial.ipynb #a468f70e
 @patch
 def page(self:Trial, path) -> Path:
     "Write the trial's own page"
     return write_page_of([self], path)
 
-# %% ../../nbs/study/trial.ipynb #a468f70e
+# %% ../../nbs/study/trial.ipynb #692dcd3c
 @patch
 def commands(self:Trial) -> list[str]:
     "The commands that make these studies again"
@@ -299,21 +306,21 @@ def command(s:Study, store:Store) -> str:
     words += ["--plugin", str(file)] if (file := plugin_of(s.method)) else []
     return shlex.join([*words, "--store", str(store.path)])
 
-# %% ../../nbs/study/trial.ipynb #692dcd3c
+# %% ../../nbs/study/trial.ipynb #8b221b98
 @patch
 def trial(self:Study, store:Store | None=None) -> Trial:
     "This study over a store: the one given, the one last used, or `runs` in this folder"
     self.__dict__["_store"] = store or self.__dict__.get("_store") or Store("runs")
     return Trial(self, self.__dict__["_store"])
 
-# %% ../../nbs/study/trial.ipynb #8b221b98
+# %% ../../nbs/study/trial.ipynb #77102cc8
 @patch
 def run(self:Study, store:Store | None=None, **options) -> Study:
     "Do what is missing; see `Trial.run` for options"
     self.trial(store).run(**options)
     return self
 
-# %% ../../nbs/study/trial.ipynb #77102cc8
+# %% ../../nbs/study/trial.ipynb #8c651744
 @patch
 def frame(self:Study, store:Store | None=None): return self.trial(store).frame()
 @patch
