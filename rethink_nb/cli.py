@@ -34,7 +34,8 @@ def _print_frame(rows:list[dict]):
 def methods():
     "List the pruning methods"
     from rethink_nb.methods.all import methods
-    _print_frame([dict(name=m.name, category=m.category, title=m.title, paper=m.paper) for m in methods.items.values()])
+    width = max(map(len, methods.items))
+    for m in methods.items.values(): print(f"{m.name:<{width}}  {m.category:<12}  {m.title}\n{'':<{width}}  {m.paper}")
 
 # %% ../nbs/cli.ipynb #dfd5dbe1
 @command
@@ -131,6 +132,7 @@ def _options(text:str) -> dict:
     pairs = [t.partition("=") for t in text.split(",")] if text else []
     for name, is_, value in pairs:
         if not (name and is_ and value): raise UserError(f"options {text!r}: give name=value, several separated by commas")
+        if sum(n == name for n, *_ in pairs) > 1: raise UserError(f"options {text!r}: {name} stands twice")
     def read(value):
         try: return json.loads(value.lower() if value.lower() in ("true", "false") else value)
         except ValueError: return value.split("+") if "+" in value else value
@@ -210,10 +212,11 @@ def run(
     "Carry out a trial: parent, pruned, fine-tuned, Scratch-E, Scratch-B and controls"
     from rethink_nb.core.files import folder
     from rethink_nb.study.grid import Study
-    numbers = _ratio(ratio)
+    if (numbers := _ratio(ratio)) is None: raise UserError("ratio '': give a number, or several separated by commas")
     s = Study(data=data, arch=arch, method=method, ratios=numbers if isinstance(numbers, list) else [numbers], seeds=seeds, scale=scale or None, epochs=epochs or None,
               subset=subset or None, width=width, precision=precision, margin=margin or None, alpha=alpha, options=_options(options), rounds=rounds, rewind=rewind, cap=cap or None)
-    return _trial([s], folder(out, "out"), store, root, device, workers, method, f"{method}-{data}-{arch}")
+    other = f"-{s.id[:6]}" if s.way != method else "" # beside the pages of the same method with other options
+    return _trial([s], folder(out, "out"), store, root, device, workers, method, f"{method}-{data}-{arch}{other}")
 
 # %% ../nbs/cli.ipynb #5ab6ec59
 @command
@@ -266,11 +269,11 @@ def _call(name:str, argv:list[str]) -> int:
     parser = anno_parser(func, prog=f"rethink-nb {name}")
     def refuse(message): raise UserError(f"{name}: {message}; see rethink-nb {name} --help")
     parser.error = refuse
-    parser.add_argument("--plugin", default="", help="Python files that register methods of your own, separated by commas")
+    parser.add_argument("--plugin", action="append", default=[], help="a Python file that registers methods of your own; may stand several times")
     args = vars(parser.parse_args(argv))
     if plugins := args.pop("plugin"):
         from rethink_nb.methods.plugins import load_plugin
-        for path in plugins.split(","): load_plugin(path)
+        for path in plugins: load_plugin(path)
     for extra in ("pdb", "xtra"): args.pop(extra, None)
     return func(**args) or 0
 

@@ -16,8 +16,11 @@ from .errors import UserError
 # %% ../../nbs/core/registry.ipynb #24329636
 class Registry:
     "Names to values, in order of registration"
-    def __init__(self, kind:str): # what the values are, in the singular ("network"), for messages
-        self.kind, self.items = kind, {}
+    def __init__(self,
+        kind:str, # what the values are, in the singular ("network"), for messages
+        more:str="", # where else values come from, for the message on an unknown name
+    ):
+        self.kind, self.more, self.items = kind, more, {}
     def __contains__(self, name): return name in self.items
     def __len__(self): return len(self.items)
     def __repr__(self): return f"Registry({self.kind!r}: {', '.join(self.items)})"
@@ -40,4 +43,4 @@ def get(self:Registry, name:str) -> Any:
     if isinstance(name, str) and name in self.items: return self.items[name]
     near = get_close_matches(str(name), self.items, n=3)
     hint = f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(self.items)}"
-    raise UserError(f"unknown {self.kind} {str(name)!r}: {hint}")
+    raise UserError(f"unknown {self.kind} {str(name)!r}: {hint}{self.more and f' ({self.more})'}")

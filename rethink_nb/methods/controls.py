@@ -17,7 +17,7 @@ from ..core.seed import generator
 from .amounts import cost_of, uniform_counts
 from .base import CHANNEL_OPTIONS, Ask, Choice, Method, channels_asked, methods, register
 from .l1 import choose_l1
-from .magnitude import WEIGHT_OPTIONS, choose_magnitude, prunable_weights
+from .magnitude import WEIGHT_OPTIONS, choose_magnitude, prunable_weights, weight_counts
 from .ranking import largest
 
 # %% ../../nbs/methods/controls.ipynb #6489a9ef
@@ -67,7 +67,7 @@ def choose_shuffled_mask(net:nn.Module, ask:Ask) -> Choice:
 for _name, _title, _choose, _options in (("random-mask", "Random weights, the same share in every layer", choose_random_mask, dict(linear=False)),
                                          ("shuffled-mask", "Random weights, layers' shares as magnitude finds them", choose_shuffled_mask, dict(WEIGHT_OPTIONS))):
     register(Method(_name, _title, "control", "control (Frankle et al., Pruning Neural Networks at Initialization, ICLR 2021)", _choose,
-                    lambda arch, amount, options: {}, amounts=("ratio",), options=_options))
+                    weight_counts, amounts=("ratio",), options=_options))
 
 # %% ../../nbs/methods/controls.ipynb #43674016
 def _reversed(options:dict) -> tuple[Method, dict]:

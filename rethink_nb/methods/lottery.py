@@ -12,7 +12,7 @@ from ..arch.spec import Arch
 from ..core.errors import UserError
 from .base import Ask, Choice, Method, channels_asked, register
 from .l1 import choose_l1
-from .magnitude import WEIGHT_OPTIONS, choose_magnitude, weight_rounds
+from .magnitude import WEIGHT_OPTIONS, choose_magnitude, weight_counts, weight_rounds
 from .ranking import channel_rounds
 
 # %% ../../nbs/methods/lottery.ipynb #547dc228
@@ -29,7 +29,7 @@ def _counts(arch:Arch, amount:dict, options:dict) -> dict[str, int]:
     if options["level"] == "filter": return channels_asked(arch, amount, options)
     if options["level"] != "weight": raise UserError(f"level {options['level']!r}: give 'weight' or 'filter'")
     if "ratio" not in amount: raise UserError(f"lottery at the level of weights goes by a ratio; level='filter' knows {', '.join(amount)}")
-    return {}
+    return weight_counts(arch, amount, options)
 
 # %% ../../nbs/methods/lottery.ipynb #d9738b76
 def ticket_rounds(ratio:float, rounds:int, options:dict) -> list[float]:

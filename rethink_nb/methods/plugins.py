@@ -50,7 +50,7 @@ def _said(e:BaseException) -> str:
 # %% ../../nbs/methods/plugins.ipynb #68a29a05
 def _line(e:BaseException, path:Path) -> str:
     "Where in the plugin an error arose"
-    if isinstance(e, SyntaxError): return f", line {e.lineno}"
+    if isinstance(e, SyntaxError): return f", line {e.lineno}" if e.lineno else ""
     at, found = e.__traceback__, None
     while at:
         if at.tb_frame.f_code.co_filename == str(path): found = at.tb_lineno
@@ -64,8 +64,9 @@ def load_plugin(
     path, # a Python file that registers methods
 ) -> list[str]: # names of its methods
     "Run a plugin here, and in every worker process and papermill kernel that is started from here"
+    if not isinstance(path, (str, Path)): raise UserError(f"plugin {path!r}: give the name of a Python file")
     path = Path(path).expanduser().resolve()
-    if not path.is_file(): raise UserError(f"plugin {path}: no such file")
+    if not path.is_file(): raise UserError(f"plugin {path}: {'a folder' if path.is_dir() else 'no such file'}")
     if os.pathsep in str(path): raise UserError(f"plugin {path}: a path with {os.pathsep!r} cannot be handed on; rename it")
     _run(path)
     known = os.environ.get(_VARIABLE, "").split(os.pathsep)
@@ -95,7 +96,9 @@ def load_entry_point(ep):
 def load_all_plugins():
     "Load the methods of installed packages, and the plugins that the environment names"
     for ep in entry_points(group=GROUP): load_entry_point(ep)
-    for path in filter(None, os.environ.get(_VARIABLE, "").split(os.pathsep)): load_plugin(path)
+    for path in filter(None, os.environ.pop(_VARIABLE, "").split(os.pathsep)): # which `load_plugin` fills again, with whole paths
+        try: load_plugin(path)
+        except UserError as e: raise UserError(f"{e} (the variable {_VARIABLE} names it; it wants whole paths)") from None
     _everywhere.update(methods.items)
 
 _everywhere:set[str] = set() # methods that any process knows once `methods.all` is imported

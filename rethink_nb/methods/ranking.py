@@ -13,7 +13,7 @@ from math import floor
 import torch
 from torch import nn
 
-from ..arch.spec import Arch
+from ..arch.spec import Arch, Site
 from ..core.errors import UserError
 from .amounts import COSTS, check_fraction, check_mode, check_ratio, cost_of, inner_sites, none_empty, round_up
 from .base import CHANNEL_OPTIONS, Ask, Choice, channels_asked
@@ -77,10 +77,18 @@ def by_score(
     def choose(net:nn.Module, ask:Ask) -> Choice:
         whole = set(ask.options.get("skip", ())) if ask.counts is None else set()
         names = [s.name for s in sites(net.arch) if s.name not in whole] if ask.counts is None else ask.counts
-        scores = {name: score(net, name).detach().double().cpu() for name in names}
+        scores = {name: _checked(score(net, name), net.arch.site(name)) for name in names}
         counts = ask.counts or global_counts(net.arch, scores, ask)
         return Choice({name: largest(scores[name], n) for name, n in counts.items()}, scores)
     return choose
+
+# %% ../../nbs/methods/ranking.ipynb #4724a0c9
+def _checked(scores:torch.Tensor, site:Site) -> torch.Tensor: # (channels,), float64
+    "A site's scores; anything but one number a channel is refused"
+    scores = torch.as_tensor(scores).detach().double().cpu() if scores is not None else torch.empty(0)
+    if scores.shape != (site.width,): raise UserError(f"scores of {site.name} have the shape {tuple(scores.shape)}: give one for each of its {site.width} channels")
+    if not scores.isfinite().all(): raise UserError(f"{int((~scores.isfinite()).sum())} of {site.width} scores of {site.name} are not finite numbers: has the training diverged?")
+    return scores
 
 # %% ../../nbs/methods/ranking.ipynb #1acae947
 def global_counts(arch:Arch, scores:dict[str, torch.Tensor], ask:Ask) -> dict[str, int]:
@@ -97,10 +105,18 @@ def counts_by_scope(sites:Callable=inner_sites) -> Callable: # a method's `count
     "Channels kept by site where a scope of layers, or the amount itself, says them"
     def counts(arch:Arch, amount:dict, options:dict) -> dict[str, int] | None:
         if (scope := options["scope"]) not in ("layer", "global"): raise UserError(f"scope {scope!r}: give 'layer' or 'global'")
-        if scope == "global" and next(iter(amount)) in ("ratio", *COSTS): return None
+        if scope == "global" and next(iter(amount)) in ("ratio", *COSTS): return _check_global(arch, options)
         if options["min_keep"]: raise UserError("min_keep goes with scope='global', and a ratio or a cost")
         return channels_asked(arch, amount, options, sites if "ratio" in amount else None)
     return counts
+
+# %% ../../nbs/methods/ranking.ipynb #b1292b6e
+def _check_global(arch:Arch, options:dict):
+    "Refuse options that cannot be, before there are any scores"
+    for name in options["skip"]: arch.site(name)
+    check_mode(options["mode"])
+    round_up(0, options["multiple"], 0)
+    if options["min_keep"] < 0: raise UserError(f"min_keep {options['min_keep']}: give channels that stay in every site, 0 or more")
 
 # %% ../../nbs/methods/ranking.ipynb #7b99474b
 def channel_rounds(

@@ -16,6 +16,7 @@ from ..arch.spec import Arch, Site
 from ..core.errors import UserError
 from .amounts import check_ratio, kept_of
 from .base import methods, prune
+from ..surgery.mask import check_masks
 
 # %% ../../nbs/methods/survey.ipynb #12d42982
 def _grouped(arch:Arch) -> list[Site]:
@@ -33,9 +34,10 @@ def sensitivity(
 ): # DataFrame: site, kind, stage, width, ratio, kept, value
     "What is left of a network's worth when one site alone is pruned"
     if "widths" not in methods.get(method).amounts: raise UserError(f"{method} takes single weights, not channels: sensitivity asks for widths")
-    arch, ratios, rows = arch_of(net), list(ratios), []
+    arch, ratios, rows = arch_of(net), [ratios] if isinstance(ratios, (int, float)) else list(ratios), []
     for r in ratios: check_ratio(r)
-    whole = evaluate(net)
+    sites = (sites,) if isinstance(sites, str) else sites
+    whole = _number(evaluate(net))
     for s in _grouped(arch) if sites is None else map(arch.site, sites):
         try: rows += _one_site(net, s, evaluate, ratios, method, options, whole)
         except UserError:
@@ -46,17 +48,23 @@ def sensitivity(
 # %% ../../nbs/methods/survey.ipynb #31394372
 def _one_site(net:nn.Module, s:Site, evaluate:Callable, ratios:list[float], method:str, options:dict, whole:float) -> list[dict]:
     "The rows of one site, the unpruned network first"
-    row = lambda ratio, kept, value: dict(site=s.name, kind=s.kind, stage=s.stage, width=s.width, ratio=ratio, kept=kept, value=float(value))
+    row = lambda ratio, kept, value: dict(site=s.name, kind=s.kind, stage=s.stage, width=s.width, ratio=ratio, kept=kept, value=value)
     kept = {r: max(1, kept_of(s.width, r)) for r in sorted(ratios)}
-    value = {n: evaluate(prune(method, net, widths={s.name: n}, **options).net) if n < s.width else whole for n in set(kept.values())}
+    value = {n: _number(evaluate(prune(method, net, widths={s.name: n}, **options).net)) if n < s.width else whole for n in set(kept.values())}
     return [row(0., s.width, whole), *(row(r, n, value[n]) for r, n in kept.items())]
+
+# %% ../../nbs/methods/survey.ipynb #a212d9f6
+def _number(value) -> float:
+    try: return float(value)
+    except (TypeError, ValueError): raise UserError(f"evaluate gave {value!r}: it must give one number, such as `lambda net: evaluate(net, data.val, data)[1]`") from None
 
 # %% ../../nbs/methods/survey.ipynb #b9dbd844
 def _layers(net:nn.Module, masks:dict[str, torch.Tensor] | None) -> dict[str, torch.Tensor]: # bool, by module name
     "What stays of each convolution and linear layer: by the masks, or what is not zero"
     weights = {n: m.weight for n, m in net.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
     if masks is None: return {n: w.detach() != 0 for n, w in weights.items()}
-    if unknown := [k for k in masks if k.removesuffix(".weight") not in weights]: raise UserError(f"the masks name {unknown[0]}, which is no convolution and no linear layer of this network")
+    if not masks: raise UserError("there is no mask in masks: leave it out to look at what is not zero")
+    check_masks(masks, {f"{n}.weight": w for n, w in weights.items()})
     return {n: masks[f"{n}.weight"].bool() for n in weights if f"{n}.weight" in masks}
 
 # %% ../../nbs/methods/survey.ipynb #bae0e9c0
@@ -100,7 +108,10 @@ def weight_histogram(
 ): # DataFrame: network, weight (middle of the bin), share
     "How the weights of convolutions are distributed, over common bins"
     from pandas import DataFrame, concat
+    if not isinstance(nets, dict) or type(bins) is not int or bins < 1: raise UserError("weight_histogram goes by networks with a word on each, {\"before\": net}, and a whole number of bins")
     weights = {name: _flat(net, masks) for name, net in nets.items()}
+    for name, w in weights.items():
+        if not w.isfinite().all(): raise UserError(f"{name}: {int((~w.isfinite()).sum()):,} weights are not finite numbers: has the training diverged?")
     if not any(map(len, weights.values())): raise UserError("no weights to look at: give networks with convolutions that are not all zero")
     edge = max(float(w.abs().max()) for w in weights.values() if len(w))
     middles = (torch.arange(bins) + .5)/bins*2*edge - edge

@@ -19,7 +19,7 @@ from ..core.errors import UserError
 from ..core.record import Record, check_types
 from ..methods.all import methods
 from ..methods.amounts import check_ratio
-from ..methods.base import callbacks, pruned_arch, read_request
+from ..methods.base import callbacks, pruned_arch, read_request, typed
 from ..training.arms import arms
 from ..training.data import datasets
 from ..training.recipe import Recipe
@@ -135,6 +135,7 @@ class Study(Record, frozen=True, dict=True):
         check_types(self)
         force_setattr(self, "scale", self.scale or _SCALE.get(self.data, "paper"))
         _check_names(self)
+        force_setattr(self, "options", _canonical(self))
         if self.arms == USUAL["channels"]: force_setattr(self, "arms", USUAL[self.prunes])
         _check_study(self)
         _check_method(self)
@@ -147,16 +148,23 @@ def _check_names(s:Study):
     for what in ("ratios", "arms"):
         if not getattr(s, what): raise UserError(f"a study needs {what}")
         if len(set(getattr(s, what))) < len(getattr(s, what)): raise UserError(f"{what} {', '.join(map(str, getattr(s, what)))}: one stands twice")
-    m, known = methods.get(s.method), _option_names(s)
+    m, known = methods.get(s.method), _option_defaults(s)
     for k in s.options:
         if k not in known: raise UserError(f"{s.method} has no option {k!r}: there are {', '.join(known) or 'none'}")
     if "batches" in m.needs: raise UserError(f"{s.method} needs images while it prunes, which no study hands over yet: use methods.prune")
 
-# %% ../../nbs/study/grid.ipynb #bfdac406
-def _option_names(s:Study) -> list[str]:
+# %% ../../nbs/study/grid.ipynb #a0850279
+def _option_defaults(s:Study) -> dict:
     "What the study's method goes by, when it prunes and while its parent trains"
     m = methods.get(s.method)
-    return [*m.options, *signature(m.callbacks).parameters]
+    return {**m.options, **{k: None if p.default is p.empty else p.default for k, p in signature(m.callbacks).parameters.items()}}
+
+# %% ../../nbs/study/grid.ipynb #51aafce3
+def _canonical(s:Study) -> dict:
+    "Options in the types of their defaults, without those that say the default: one study, one id"
+    defaults = _option_defaults(s)
+    given = {k: typed(k, v, defaults[k]) for k, v in s.options.items()}
+    return {k: v for k, v in given.items() if v != defaults[k]}
 
 # %% ../../nbs/study/grid.ipynb #0335039d
 def _check_study(s:Study):

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
+from pathlib import Path
 
 from tqdm.auto import tqdm
 
@@ -20,6 +21,7 @@ from .grid import Run
 from .run import data_of, start_worker, work
 from .store import Store
 from ..training.loop import pick_device, steps_of
+from ..training.recipe import Recipe
 
 # %% ../../nbs/study/pool.ipynb #4690e917
 def ready(waiting:Iterable[Run], running:Iterable[Run]) -> list[Run]:
@@ -57,11 +59,19 @@ def load_all(runs:Iterable[Run], root=None):
     "Load the data of all runs, so that missing ones, or too few for what a recipe skips, are refused before anything starts"
     sizes = {ref: len(data_of(ref, root).train) for ref in {r.data for r in runs}}
     for r in runs:
-        if r.recipe: steps_of(r.recipe, sizes[r.data])
+        if r.recipe: _check_steps(r.recipe, sizes[r.data])
+
+# %% ../../nbs/study/pool.ipynb #f0f46b6b
+def _check_steps(r:Recipe, n:int):
+    "Refuse to go back to a step that the training never goes on from"
+    total = sum(map(len, steps_of(r.replace(skip=0, stop=None), n).values()))
+    if (k := max(r.skip, r.stop or 0)) >= total > 0: raise UserError(f"step {k} to rewind to: {r.epochs} epochs of {n:,} images are {total:,} steps; give an earlier one")
 
 # %% ../../nbs/study/pool.ipynb #8378a4de
 def check_methods(runs:Iterable[Run]):
-    "Refuse methods that worker processes would not know"
+    "Refuse methods that worker processes would not know, and a script that they could not import"
+    file = getattr(sys.modules["__main__"], "__file__", None)
+    if file and not Path(file).exists(): raise UserError(f"worker processes import the script that starts them, and {file} is no file: write it to one, or use python -c")
     for name in dict.fromkeys(r.method for r in runs if r.kind == "prune"):
         if not known_to_workers(name): raise UserError(f"method {name} lives in this session alone, and a trial runs in processes of its own: put it in a file and load it by methods.load_plugin(file)")
 

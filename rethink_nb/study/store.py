@@ -141,7 +141,7 @@ def finish(self:Store,
 ) -> dict: # the record
     "Put a finished run in place; with the same folder there already, the new one stays"
     at = save(self.work(run), net, plan)
-    if curve is not None: write_text(at/"curve.csv", curve.to_csv(index=False))
+    if curve is not None and len(curve): write_text(at/"curve.csv", curve.to_csv(index=False))
     if kept := {f"{i}.{k}": v.contiguous() for i, state in enumerate(states) for k, v in state.items()}: write_bytes(at/"callbacks.safetensors", save_tensors(kept))
     c = net.arch.count()
     if masks: more |= dict(nonzero_params=c.params - sum(int((~m).sum()) for m in masks.values()), nonzero_macs=count(net, net.arch.input).nonzero_macs)

@@ -103,9 +103,14 @@ def run(self:Trial, workers:int | None=None, device:str="auto", root=None, progr
 # %% ../../nbs/study/trial.ipynb #fe566a89
 def stored_trials(store:Store) -> list[Trial]:
     "All studies that were carried out in a store, those of one scale, margin and alpha together"
-    paths, groups = sorted((store/"studies").glob("*.json")), {}
+    paths, groups, left_out = sorted((store/"studies").glob("*.json")), {}, []
     if not paths: raise UserError(f"{store.path} holds no study: give the folder that was named when the runs were made")
-    for s in map(Study.read, paths): groups.setdefault((s.scale, s.points, s.alpha), []).append(s)
+    for path in paths:
+        try: s = Study.read(path)
+        except UserError as e: left_out.append(str(e))
+        else: groups.setdefault((s.scale, s.points, s.alpha), []).append(s)
+    if not groups: raise UserError(left_out[0])
+    for line in left_out: print(f"left out: {line}", file=sys.stderr)
     return [Trial(studies, store) for studies in groups.values()]
 
 # %% ../../nbs/study/trial.ipynb #386cdad3
@@ -247,12 +252,13 @@ def kept_figures(self:Trial) -> list[str]:
     "Which of the figures `widths` and `weights` have something to show"
     return [k for k, weights in (("widths", False), ("weights", True)) if any((s.counts == {}) == weights for s in self.studies)]
 
-# %% ../../nbs/study/trial.ipynb #2534bd0d
+# %% ../../nbs/study/trial.ipynb #12d860fa
+_ROUNDS = "rounds: what is fine-tuned was trained between its rounds, too, and its cost from zero says so; random channels and shuffled masks are cut from the parent in one step"
 _MASKED = "params, MACs: where single weights go, those that stay; training computes all, and so do its costs"
 
 @patch
-def _drawn(self:Trial, kind:str):
-    "A figure, or a word where nothing is done yet that it could show"
+def drawn(self:Trial, kind:str):
+    "A figure, or a line where nothing is done yet that it could show"
     try: return self.figure(kind)
     except UserError as e: return str(e)
 
@@ -262,13 +268,13 @@ def sections(self:Trial) -> list[tuple]:
     "Headings and bodies of its page"
     from rethink_nb.report.tables import shown
     used = dict.fromkeys(c.arm for c in self.cells)
-    how = [*(f"{a}: {arms.get(a).title}" for a in used), *([_MASKED] if any(s.counts == {} for s in self.studies) else []),
+    how = [*(f"{a}: {arms.get(a).title}" for a in used), *([_MASKED] if any(s.counts == {} for s in self.studies) else []), *([_ROUNDS] if any(s.rounds > 1 for s in self.studies) else []),
            "train: multiply-accumulates of the arm's own training; from zero: with those of the parent it hangs on",
            "verdict: equivalent where the whole interval of the difference lies within the margin, better or worse where it does not and excludes 0, else undecided; "
            "n=3 pairs: both arms of a pair hang on one parent; n=3+3: they do not"]
-    return [("What was run", [*self.setup(), self.caution()]), ("How to read this", how), ("Verdicts", self.statements()), ("Accuracy of every arm", self._drawn("arms")),
-            ("Every arm", [shown(self.table()), *filter(None, [self.unfinished()])]), ("Accuracy over training", self._drawn("curves")),
-            ("Accuracy against what it cost from nothing", self._drawn("cost")), *(("Channels kept" if k == "widths" else "Weights kept", self._drawn(k)) for k in self.kept_figures()),
+    return [("What was run", [*self.setup(), self.caution()]), ("How to read this", how), ("Verdicts", self.statements()), ("Accuracy of every arm", self.drawn("arms")),
+            ("Every arm", [shown(self.table()), *filter(None, [self.unfinished()])]), ("Accuracy over training", self.drawn("curves")),
+            ("Accuracy against what it cost from nothing", self.drawn("cost")), *(("Channels kept" if k == "widths" else "Weights kept", self.drawn(k)) for k in self.kept_figures()),
             ("Smaller and masked network", str(self.exactness())), ("How to make it again", self.commands())]
 
 # %% ../../nbs/study/trial.ipynb #2437b8df
