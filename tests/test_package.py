@@ -58,5 +58,5 @@ def test_command_of_the_install_starts(wheel, tmp_path):
     assert done.returncode == 0, done.output
     done = child("python", target / "bin" / "rethink-nb", "--help", cwd=tmp_path, path=target)
     assert done.returncode == 0 and "demo" in done.output, done.output
-    where = child("python", "-c", "from rethink_nb.study.notebook import experiments; print(experiments().get('l1'))", cwd=tmp_path, path=target)
+    where = child("python", "-c", "from rethink_nb.study.notebook import experiments; print(experiments().get('trial'))", cwd=tmp_path, path=target)
     assert where.stdout.startswith(str(target)), where.output

@@ -87,7 +87,7 @@ def _checked(scores:torch.Tensor, site:Site) -> torch.Tensor: # (channels,), flo
     "A site's scores; anything but one number a channel is refused"
     scores = torch.as_tensor(scores).detach().double().cpu() if scores is not None else torch.empty(0)
     if scores.shape != (site.width,): raise UserError(f"scores of {site.name} have the shape {tuple(scores.shape)}: give one for each of its {site.width} channels")
-    if not scores.isfinite().all(): raise UserError(f"{int((~scores.isfinite()).sum())} of {site.width} scores of {site.name} are not finite numbers: has the training diverged?")
+    if not scores.isfinite().all(): raise UserError(f"{site.name} has scores that are not finite, {int((~scores.isfinite()).sum())} of {site.width}; are the weights?")
     return scores
 
 # %% ../../nbs/methods/ranking.ipynb #1acae947
