@@ -8,6 +8,7 @@ from rethink_nb.arch import Arch
 from rethink_nb.arch.count import count
 from rethink_nb.core.errors import UserError
 from rethink_nb.core.events import call_all
+from rethink_nb.methods.survey import sensitivity
 from rethink_nb.surgery import Plan, fresh, load, save
 from rethink_nb.testing.sweeps import amounts_of, needs_of, sweep_archs
 from rethink_nb.testing.toys import random_bn, toy_archs, toy_images
@@ -84,3 +85,21 @@ def test_rounds(method, arch):
         total = sum(m.numel() for m in p.masks.values())
         assert sum(int(m.sum()) for m in p.masks.values()) == total - int(.4*total + 1e-9)
     else: assert seen[0].arch.count().params > seen[1].arch.count().params > p.after.params
+
+
+@pytest.mark.parametrize("arch", list(toy_archs()))
+@pytest.mark.parametrize("method", [m for m in methods.names() if "widths" in methods.info(m).amounts and m != "uniform"]) # which knows no single site
+def test_sensitivity_of_every_structured_method(method, arch):
+    "A row a site and ratio; the unpruned network first; one site alone gets smaller, and by what it holds"
+    a = toy_archs()[arch]
+    net = random_bn(a.build(seed=1), seed=2)
+    given = {k: v for k, v in needs_of(method, a).items() if k == "init"} | (dict(level="filter") if "level" in methods.info(method).options else {})
+    if (method, arch) == ("slimming", "densenet"): # whose batch norms scale what is read, never what is made
+        with pytest.raises(UserError, match="slimming has no scores"): sensitivity(net, lambda n: 0, [.3], method=method)
+        return
+    found = sensitivity(net, lambda n: sum(p.numel() for p in n.parameters()), [.3, .7], method=method, **given)
+    whole = sum(p.numel() for p in net.parameters())
+    assert set(found[found.ratio == 0].value) == {whole} and (found.groupby("site").size() == 3).all()
+    assert found.groupby("site").value.is_monotonic_decreasing.all() and (found[found.kept < found.width].value < whole).all()
+    streams = {s.name for s in a.sites() if s.kind == "stream"}
+    assert (set(found.site) >= streams) == (method != "slimming" or not streams)

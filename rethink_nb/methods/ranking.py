@@ -75,12 +75,20 @@ def by_score(
 ) -> Callable: # a method's `choose`
     "Keep the channels of the largest scores"
     def choose(net:nn.Module, ask:Ask) -> Choice:
-        whole = set(ask.options.get("skip", ())) if ask.counts is None else set()
-        names = [s.name for s in sites(net.arch) if s.name not in whole] if ask.counts is None else ask.counts
-        scores = {name: _checked(score(net, name), net.arch.site(name)) for name in names}
+        skip = set(ask.options.get("skip", ()))
+        names = [s.name for s in sites(net.arch) if s.name not in skip] if ask.counts is None else ask.counts
+        whole = {n for n in names if ask.counts is not None and ask.counts[n] == net.arch.site(n).width} # which need no scores, and may have none
+        scores = {name: s for name in names if (s := _scores(score, net, name, name in whole)) is not None}
         counts = ask.counts or global_counts(net.arch, scores, ask)
-        return Choice({name: largest(scores[name], n) for name, n in counts.items()}, scores)
+        return Choice({name: largest(scores[name], n) if name in scores else tuple(range(n)) for name, n in counts.items()}, scores)
     return choose
+
+# %% ../../nbs/methods/ranking.ipynb #895a5dae
+def _scores(score:Callable, net:nn.Module, name:str, spared:bool) -> torch.Tensor | None:
+    "A site's scores; None where there are none and none are needed"
+    try: return _checked(score(net, name), net.arch.site(name))
+    except UserError:
+        if not spared: raise
 
 # %% ../../nbs/methods/ranking.ipynb #4724a0c9
 def _checked(scores:torch.Tensor, site:Site) -> torch.Tensor: # (channels,), float64

@@ -16,6 +16,7 @@ from ..arch.spec import Arch, Site
 from ..core.errors import UserError
 from .amounts import check_ratio, kept_of
 from .base import methods, prune
+from .pruned import Pruned
 from ..surgery.mask import check_masks
 
 # %% ../../nbs/methods/survey.ipynb #12d42982
@@ -29,19 +30,21 @@ def sensitivity(
     evaluate:Callable[[nn.Module], float], # what the pruned network is worth, such as its accuracy on held-out images
     ratios:Iterable[float]=(.1, .3, .5, .7, .9), # fractions of a site's channels removed; one stays at least
     method:str="l1", # a method that goes by widths
-    sites:Iterable[str] | None=None, # names; None: all that give by themselves, streams where the method can score them
+    sites:Iterable[str] | None=None, # names; None: all that give by themselves and that the method can score
     **options, # of the method
 ): # DataFrame: site, kind, stage, width, ratio, kept, value
     "What is left of a network's worth when one site alone is pruned"
     if "widths" not in methods.get(method).amounts: raise UserError(f"{method} takes single weights, not channels: sensitivity asks for widths")
-    arch, ratios, rows = arch_of(net), [ratios] if isinstance(ratios, (int, float)) else list(ratios), []
+    arch, ratios, rows, why = arch_of(net), [ratios] if isinstance(ratios, (int, float)) else list(ratios), [], None
     for r in ratios: check_ratio(r)
     sites = (sites,) if isinstance(sites, str) else sites
     whole = _number(evaluate(net))
     for s in _grouped(arch) if sites is None else map(arch.site, sites):
         try: rows += _one_site(net, s, evaluate, ratios, method, options, whole)
-        except UserError:
-            if sites is not None or s.kind != "stream": raise # a method without scores for streams leaves them out
+        except UserError as e:
+            if sites is not None: raise
+            why = e # a method without scores for a stream, say, leaves it out
+    if not rows: raise why or UserError("sites: name one at least")
     from pandas import DataFrame
     return DataFrame(rows)
 
@@ -50,8 +53,15 @@ def _one_site(net:nn.Module, s:Site, evaluate:Callable, ratios:list[float], meth
     "The rows of one site, the unpruned network first"
     row = lambda ratio, kept, value: dict(site=s.name, kind=s.kind, stage=s.stage, width=s.width, ratio=ratio, kept=kept, value=value)
     kept = {r: max(1, kept_of(s.width, r)) for r in sorted(ratios)}
-    value = {n: _number(evaluate(prune(method, net, widths={s.name: n}, **options).net)) if n < s.width else whole for n in set(kept.values())}
+    value = {n: _number(evaluate(_alone(prune(method, net, widths={s.name: n}, **options), s))) if n < s.width else whole for n in set(kept.values())}
     return [row(0., s.width, whole), *(row(r, n, value[n]) for r, n in kept.items())]
+
+# %% ../../nbs/methods/survey.ipynb #97af6ab8
+def _alone(p:Pruned, site:Site) -> nn.Module:
+    "The pruned network, if that site alone has shrunk"
+    if other := [s.name for s in _grouped(p.parent) if s.name != site.name and p.arch.site(s.name).width < s.width]:
+        raise UserError(f"{p.plan.method} does not prune {site.name} alone: {other[0]} shrinks with it")
+    return p.net
 
 # %% ../../nbs/methods/survey.ipynb #a212d9f6
 def _number(value) -> float:
