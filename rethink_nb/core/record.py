@@ -7,6 +7,7 @@ __all__ = ['Record', 'check_types', 'content_id', 'read_json']
 
 # %% ../../nbs/core/record.ipynb #70507f86
 import hashlib, json
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,11 +22,13 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     "A frozen record: equal by value, JSON both ways, `id` from its content"
     schema: ClassVar[int] = 1 # raise it when the meaning of a field or a default changes, so that old ids do not lie
 
-# %% ../../nbs/core/record.ipynb #f8f7fdcc
+# %% ../../nbs/core/record.ipynb #d4e956d7
+_fields = cache(msgspec.structs.fields) # of a class; to work them out takes longer than all else that an id needs
+
 def _plain(value:Any) -> Any:
     "Records to dicts of their non-default fields, tuples to lists, deeply"
     if isinstance(value, Record):
-        fields = msgspec.structs.fields(value)
+        fields = _fields(type(value))
         return {f.encode_name: _plain(getattr(value, f.name)) for f in fields if getattr(value, f.name) != _default(f)}
     if isinstance(value, (list, tuple)): return [_plain(v) for v in value]
     if isinstance(value, dict): return {k: _plain(v) for k, v in value.items()}
@@ -54,7 +57,7 @@ def from_dict(cls:Record, data:dict) -> Record:
 # %% ../../nbs/core/record.ipynb #35006363
 def check_types(record:Record):
     "Give every field its declared type, in place, or refuse it by name"
-    for f in msgspec.structs.fields(record):
+    for f in _fields(type(record)):
         try: msgspec.structs.force_setattr(record, f.name, msgspec.convert(getattr(record, f.name), f.type))
         except msgspec.ValidationError as e: raise UserError(f"{type(record).__name__}: {f.name}: {e}") from None
 
@@ -67,7 +70,7 @@ def content_id(data:Any, n:int=12) -> str:
 def _named(value:Any) -> Any:
     "As `_plain`, with name and schema number on every record"
     if isinstance(value, Record):
-        fields = [f for f in msgspec.structs.fields(value) if getattr(value, f.name) != _default(f)]
+        fields = [f for f in _fields(type(value)) if getattr(value, f.name) != _default(f)]
         return [type(value).__name__, value.schema, {f.encode_name: _named(getattr(value, f.name)) for f in fields}]
     if isinstance(value, (list, tuple)): return [_named(v) for v in value]
     return {k: _named(v) for k, v in value.items()} if isinstance(value, dict) else value

@@ -71,7 +71,9 @@ def befores(self:Run) -> list[Run]:
 @patch
 def lineage(self:Run) -> list[Run]:
     "The run and all that it hangs on, first things first"
-    return list({r.id: r for r in [*(x for b in self.befores() for x in b.lineage()), self]}.values())
+    before = [x for b in self.befores() for x in b.lineage()]
+    if len(self.befores()) > 1: before = list({r.id: r for r in before}.values()) # two may hang on one
+    return [*before, self]
 
 # %% ../../nbs/study/grid.ipynb #4ea0037d
 @patch(as_prop=True)

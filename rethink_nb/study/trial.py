@@ -9,6 +9,7 @@ __all__ = ['FIGURES', 'trial_frame', 'curve_frame', 'Trial', 'stored_trials', 'w
 # %% ../../nbs/study/trial.ipynb #9c7ec36c
 import shlex, sys
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 
 from fastcore.basics import patch
@@ -69,10 +70,10 @@ class Trial:
 
     def __repr__(self): return f"Trial({', '.join(f'{s.method} on {s.arch}, {s.data}' for s in self.studies)}: {len(self.runs)} runs, {len(self.todo)} to do)"
 
-    @property
+    @cached_property
     def cells(self) -> list[Cell]: # studies that overlap ask for some cells twice; a result counts once
         return list({(c.data, c.network, c.method, c.ratio, c.arm, c.run.id): c for s in self.studies for c in s.cells()}.values())
-    @property
+    @cached_property
     def runs(self) -> list: return runs_of(self.cells)
     @property
     def todo(self) -> list: return [r for r in self.runs if not self.store.done(r)]
