@@ -93,7 +93,7 @@ def test_normalise_equals_torchvision():
 
 def test_batches_replay_from_their_seed():
     d = replace(D.load_data("digits"), pad=2, flip=True)
-    a, b, c = (D.batch(d.train.images, torch.arange(64), d, generator(s, "x")) for s in (0, 0, 1))
+    a, b, c = (D.batch(d.train.images, torch.arange(64), d, D.draw(64, d, generator(s, "x"))) for s in (0, 0, 1))
     assert torch.equal(a, b) and not torch.equal(a, c)
 
 
@@ -101,7 +101,7 @@ def test_batches_replay_from_their_seed():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_gpu_sees_the_same_batch():
     d, idx = replace(D.load_data("digits"), pad=2, flip=True), torch.arange(256)
-    cpu, gpu = (D.batch(x.train.images, idx, x, generator(0, "x")).cpu() for x in (d, d.to("cuda")))
+    cpu, gpu = (D.batch(x.train.images, idx, x, D.draw(256, d, generator(0, "x"))).cpu() for x in (d, d.to("cuda")))
     assert torch.allclose(cpu, gpu, atol=1e-6)
 
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['digits_net', 'digits_accuracy']
 
-# %% ../../nbs/testing/trained.ipynb #02bbee03
+# %% ../../nbs/testing/trained.ipynb #a7418d32
 from collections.abc import Iterable
 
 from torch import nn
@@ -13,7 +13,8 @@ from torch import nn
 from ..arch.zoo import arch
 from ..core.events import Callback
 from ..training.data import load_data
-from ..training.loop import evaluate, train
+from ..training.loop import train
+from ..training.scores import evaluate
 from ..training.recipe import recipe
 
 # %% ../../nbs/testing/trained.ipynb #3b0ca31c

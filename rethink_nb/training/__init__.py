@@ -1,6 +1,8 @@
 "Data, recipes, the one loop, arms and their costs."
 from .arms import Arm, arms
 from .data import Data, load_data
-from .ledger import Cost, train_macs
-from .loop import History, evaluate, train
-from .recipe import Recipe, fine_tune, fine_tune_large, recipe, scratch_b, scratch_e
+from .device import best_precision
+from .ledger import Cost, budget_epochs, train_macs
+from .loop import Diverged, History, train
+from .recipe import SCHEDULES, Recipe, fine_tune, fine_tune_large, recipe, reshaped, scratch_b, scratch_e
+from .scores import agreement, evaluate, logits_of, scores

@@ -157,9 +157,9 @@ def read_digits(root=None, download:bool=False) -> tuple[Split, Split]: # 1,200 
 # %% ../../nbs/training/data.ipynb #e2d52fed
 datasets.register("digits", Source(read_digits, classes=10, input=(1, 8, 8), val=200, pad=0, flip=False)) # [ours]
 
-# %% ../../nbs/training/data.ipynb #63f41de3
+# %% ../../nbs/training/data.ipynb #f4508781
 def draw(
-    n:int, # images in the batch
+    n:int, # images, of a batch or of a whole epoch
     data:Data, # says how far to shift and whether to mirror
     generator:torch.Generator, # of the CPU
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: # row and column of each crop's corner, whether it is mirrored
@@ -195,17 +195,16 @@ def normalise(x:torch.Tensor, data:Data) -> torch.Tensor:
     factor, less = _affine(data.mean, data.std, x.device)
     return x.float().mul_(factor).sub_(less)
 
-# %% ../../nbs/training/data.ipynb #1f58c55f
+# %% ../../nbs/training/data.ipynb #abb13ba5
 def batch(
     images:torch.Tensor, # uint8 images of a split, on any device
     idx:torch.Tensor, # which of them
     data:Data, # how they are treated
-    generator:torch.Generator|None=None, # CPU generator to augment from; None for plain images
+    moves:tuple[torch.Tensor, ...]|None=None, # what happens to each of them, from `draw`; None for plain images
 ) -> torch.Tensor: # floats (len(idx),c,h,w) on the device of `images`
-    "The images `idx`, augmented if there is a generator, and normalised"
+    "The images `idx`, augmented if there are moves, and normalised"
     x = images[idx.to(images.device)]
-    if generator is not None: x = crop_flip(x, *draw(len(x), data, generator), data.pad)
-    return normalise(x, data)
+    return normalise(x if moves is None else crop_flip(x, *moves, data.pad), data)
 
 # %% ../../nbs/training/data.ipynb #7b97f7ad
 def bases(root=None) -> list[Path]: # the first is where a download goes
