@@ -50,10 +50,11 @@ class Ours:
 
 class Bare:
     "The step alone"
-    def __init__(self, name, r, steps, device):
+    def __init__(self, name, r, steps, device, arch=None):
+        arch = arch or zoo.arch(name, classes=10)
         images, self.y = images_of(r.batch)
-        self.x = (images.float()/255).to(device).contiguous(memory_format=torch.channels_last)
-        self.y, self.net, self.steps, self.r, self.device = self.y.to(device), zoo.arch(name, classes=10).build().to(device, memory_format=torch.channels_last), steps, r, device
+        self.x = (images[:, :arch.input[0], :arch.input[1], :arch.input[2]].float()/255).to(device).contiguous(memory_format=torch.channels_last)
+        self.y, self.net, self.steps, self.r, self.device = self.y.to(device), arch.build().to(device, memory_format=torch.channels_last), steps, r, device
         self.opt = optimiser(self.net, r)
         self.net.train()
     def __call__(self):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['commands', 'command', 'methods', 'archs', 'count', 'prune', 'run', 'demo', 'report', 'main', 'usage']
 
-# %% ../nbs/cli.ipynb #7d6aaf66
+# %% ../nbs/cli.ipynb #ab4476ec
 import json, sys, time
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from fastcore.script import anno_parser, call_parse
 
 from .core.errors import UserError
 from .core.registry import Registry
+from .core.signals import sigterm_interrupts
 
 # %% ../nbs/cli.ipynb #77e7552b
 commands = Registry("command")
@@ -126,7 +127,7 @@ def prune(
     page = p.page(at/"summary.html", note=f"From {said}.", measure=measure)
     print(said, p, p.verify(), f"written to {at}; a page on it: {page}", sep="\n")
 
-# %% ../nbs/cli.ipynb #7bca7b23
+# %% ../nbs/cli.ipynb #59a5e0cd
 def _options(text:str) -> dict:
     "'scope=global,min_keep=1,skip=conv1+conv2' as names and values: numbers, true and false, words, lists of words"
     pairs = [t.partition("=") for t in text.split(",")] if text else []
@@ -135,8 +136,13 @@ def _options(text:str) -> dict:
         if sum(n == name for n, *_ in pairs) > 1: raise UserError(f"options {text!r}: {name} stands twice")
     def read(value):
         try: return json.loads(value.lower() if value.lower() in ("true", "false") else value)
-        except ValueError: return value.split("+") if "+" in value else value
+        except ValueError: return [read(v) for v in value.split("+")] if "+" in value.strip("+") else value
     return {name.strip().replace("-", "_"): read(value.strip()) for name, _, value in pairs}
+
+# %% ../nbs/cli.ipynb #4620a7d1
+def _names(text:str) -> list[str]:
+    "Names separated by commas"
+    return [n.strip() for n in text.split(",") if n.strip()]
 
 # %% ../nbs/cli.ipynb #0db62e1b
 def _ratio(text:str):
@@ -159,7 +165,7 @@ def _source(source:str) -> tuple:
     if not (folder/"record.json").is_file(): return load(folder), f"the network in {folder}"
     return Store(folder.parent).network(folder.name), f"the network of run {folder.name}"
 
-# %% ../nbs/cli.ipynb #612f1547
+# %% ../nbs/cli.ipynb #bff322b2
 def _trial(studies:list, out:Path, store, root, device, workers, method:str, stem:str):
     "Run what is missing, execute the notebook, write page and table; print the answer"
     from rethink_nb.core.files import write_text
@@ -175,7 +181,8 @@ def _trial(studies:list, out:Path, store, root, device, workers, method:str, ste
     own = dict(method=method) if "method" in parameters(experiment) else {}
     notebook = run_notebook(experiment, out/f"{stem}.ipynb", **own, data=s.data, archs=" ".join(x.arch for x in studies), ratios=list(s.ratios), seeds=s.seeds, scale=s.scale,
                             epochs=s.epochs or 0, subset=s.subset or 0, width=s.width, precision=s.precision, margin=s.margin or 0., alpha=s.alpha,
-                            options=s.options, rounds=s.rounds, rewind=s.rewind, cap=s.cap or 0.,
+                            options=s.options, rounds=s.rounds, rewind=s.rewind, cap=s.cap or 0., arms=" ".join(s.arms), recipe=s.recipe_name, training=s.training, reference=s.reference,
+                            parent=str(Path(s.parent).resolve()) if s.parent else "",
                             store=str(trial.store.path.resolve()), root=root or "", device=device, workers=workers or 0)
     page = trial.page(out/f"{stem}.html")
     table = write_text(out/f"{stem}.csv", trial.table().to_csv(index=False))
@@ -183,7 +190,7 @@ def _trial(studies:list, out:Path, store, root, device, workers, method:str, ste
     print(trial.summary(), f"\npage      {page}\nnotebook  {notebook}\ntable     {table}\neach run  {each}\nstore     {trial.store.path}", sep="\n")
     return 1 if trial.unfinished() else None # runs failed: told above
 
-# %% ../nbs/cli.ipynb #eb362060
+# %% ../nbs/cli.ipynb #30c01225
 @command
 @call_parse
 def run(
@@ -196,8 +203,13 @@ def run(
     epochs:int=0, # the parent's; 0: the recipe's
     subset:int=0, # training images; 0: all
     width:float=1., # multiplier of the network's widths
-    precision:str="fp32", # fp32 or bf16
+    precision:str="auto", # fp32, bf16, or auto: what is fastest here, fp32 at scale smoke
+    arms:str="", # separated by commas, such as parent,fine-tune@one-cycle:40,scratch-b; empty: the usual ones of the method
     options:str="", # of the method, such as scope=global,strength=1e-4
+    recipe:str="", # the parent's, such as cifar-soft-filter; empty: the one of the data set
+    training:str="", # other numbers of the recipe, such as batch=256,lr=0.2
+    reference:bool=False, # as the reference: nothing held out, the test images looked at after each epoch
+    parent:str="", # a trained network to start from: a folder, or a .safetensors file
     rounds:int=1, # prune so many times, with training between
     rewind:int=0, # lottery: steps after which the tickets' weights are those of the parent
     cap:float=0., # Scratch-B at most so many times as long as the parent; 0: twice where single weights go, else any
@@ -214,8 +226,9 @@ def run(
     from rethink_nb.study.grid import Study
     if (numbers := _ratio(ratio)) is None: raise UserError("ratio '': give a number, or several separated by commas")
     s = Study(data=data, arch=arch, method=method, ratios=numbers if isinstance(numbers, list) else [numbers], seeds=seeds, scale=scale or None, epochs=epochs or None,
-              subset=subset or None, width=width, precision=precision, margin=margin or None, alpha=alpha, options=_options(options), rounds=rounds, rewind=rewind, cap=cap or None)
-    other = f"-{s.id[:6]}" if s.way != method else "" # beside the pages of the same method with other options
+              subset=subset or None, width=width, precision=precision, margin=margin or None, alpha=alpha, options=_options(options), rounds=rounds, rewind=rewind, cap=cap or None,
+              recipe_name=recipe, training=_options(training), reference=reference, parent=parent, **(dict(arms=_names(arms)) if arms else {}))
+    other = f"-{s.id[:6]}" if s.way != method or arms or recipe or training or reference or parent else "" # beside the pages of the same method with other options
     return _trial([s], folder(out, "out"), store, root, device, workers, method, f"{method}-{data}-{arch}{other}")
 
 # %% ../nbs/cli.ipynb #5ab6ec59
@@ -250,17 +263,20 @@ def report(
     page = write_page_of(trials, out or Path(store).parent/"report.html")
     print(*(t.summary() for t in trials), f"page      {page}", sep="\n\n")
 
-# %% ../nbs/cli.ipynb #7e59b7c2
+# %% ../nbs/cli.ipynb #d8c6b779
 def main(argv:list[str] | None=None) -> int: # exit code
     "The console script: `rethink-nb COMMAND ...`"
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help", "help"): print(usage()); return 0
     if argv[0] == "--version": from rethink_nb import __version__; print(__version__); return 0
-    try: return _call(argv[0], argv[1:])
+    try:
+        with sigterm_interrupts(): return _call(argv[0], argv[1:])
     except UserError as e: print(f"rethink-nb: {e}", file=sys.stderr); return 2
     except BrokenPipeError: return 1 # the reader, `head` say, has gone
     except OSError as e: print(f"rethink-nb: {e}", file=sys.stderr); return 2
-    except KeyboardInterrupt: print("\nrethink-nb: interrupted; the same command goes on from here", file=sys.stderr); return 130
+    except KeyboardInterrupt as e:
+        print("\nrethink-nb: interrupted; the same command goes on from here", file=sys.stderr)
+        return 143 if e.args == ("SIGTERM",) else 130
 
 # %% ../nbs/cli.ipynb #286f1317
 def _call(name:str, argv:list[str]) -> int:

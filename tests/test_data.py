@@ -9,6 +9,7 @@ import torch
 
 from rethink_nb.core.errors import UserError
 from rethink_nb.core.seed import generator
+from rethink_nb.training import augment as A
 from rethink_nb.training import data as D
 
 fashion = D.find(list(D._fashion_sha), [D._debian])
@@ -76,8 +77,8 @@ def test_split_seed_moves_validation_only():
 def test_crop_and_mirror_equal_torchvision_image_by_image():
     from torchvision.transforms import functional as T
     x, toy = torch.randint(256, (40, 3, 12, 12), dtype=torch.uint8), replace(D.load_data("digits"), pad=3, flip=True)
-    dy, dx, flip = D.draw(40, toy, generator(0, "a"))
-    got = D.crop_flip(x, dy, dx, flip, 3)
+    dy, dx, flip = A.draw(40, toy, generator(0, "a"))
+    got = A.crop_flip(x, dy, dx, flip, 3)
     for i in range(40):
         want = T.crop(T.pad(x[i], 3), int(dy[i]), int(dx[i]), 12, 12)
         assert torch.equal(got[i], T.hflip(want) if flip[i] else want)
@@ -88,12 +89,12 @@ def test_normalise_equals_torchvision():
     from torchvision.transforms import functional as T
     d = replace(D.load_data("digits"), mean=(.4914, .4822, .4465), std=(.2023, .1994, .2010))
     x = torch.arange(256, dtype=torch.uint8).repeat(3).view(1, 3, 16, 16)
-    assert torch.allclose(D.normalise(x, d), T.normalize(x / 255, d.mean, d.std), atol=1e-6)
+    assert torch.allclose(A.normalise(x, d), T.normalize(x / 255, d.mean, d.std), atol=1e-6)
 
 
 def test_batches_replay_from_their_seed():
     d = replace(D.load_data("digits"), pad=2, flip=True)
-    a, b, c = (D.batch(d.train.images, torch.arange(64), d, D.draw(64, d, generator(s, "x"))) for s in (0, 0, 1))
+    a, b, c = (A.batch(d.train.images, torch.arange(64), d, A.draw(64, d, generator(s, "x"))) for s in (0, 0, 1))
     assert torch.equal(a, b) and not torch.equal(a, c)
 
 
@@ -101,7 +102,7 @@ def test_batches_replay_from_their_seed():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_gpu_sees_the_same_batch():
     d, idx = replace(D.load_data("digits"), pad=2, flip=True), torch.arange(256)
-    cpu, gpu = (D.batch(x.train.images, idx, x, D.draw(256, d, generator(0, "x"))).cpu() for x in (d, d.to("cuda")))
+    cpu, gpu = (A.batch(x.train.images, idx, x, A.draw(256, d, generator(0, "x"))).cpu() for x in (d, d.to("cuda")))
     assert torch.allclose(cpu, gpu, atol=1e-6)
 
 

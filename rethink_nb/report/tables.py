@@ -13,27 +13,36 @@ import pandas as pd
 from ..core.errors import UserError
 from .stats import done, summary
 
-# %% ../../nbs/report/tables.ipynb #f3a5f2e9
-ARM_ORDER = ("parent", "pruned", "fine-tune", "fine-tune-large", "lr-rewind", "weight-rewind", "ticket", "random-ticket", "scratch-e", "scratch-b",
-             "random-channels", "uniform", "shuffled-mask", "random-mask")
+# %% ../../nbs/report/tables.ipynb #71d123ec
+ARM_ORDER = ("parent", "pruned", "fine-tune", "fine-tune-large", "lr-rewind", "weight-rewind", "pipeline-e", "pipeline-b", "ticket", "random-ticket", "scratch-e", "scratch-b",
+             "scratch-e-total", "scratch-b-total", "random-channels", "uniform", "shuffled-mask", "random-mask")
 
-# %% ../../nbs/report/tables.ipynb #2178dbf4
+# %% ../../nbs/report/tables.ipynb #1eb02f6d
 def arm_order(arms):
     "The arms, each once, in reading order"
-    return sorted(set(arms), key=lambda a: (ARM_ORDER.index(a) if a in ARM_ORDER else len(ARM_ORDER), a))
+    base = lambda a: a.split("@")[0].split(":")[0] # without a schedule and a length of its own
+    return sorted(set(arms), key=lambda a: (ARM_ORDER.index(base(a)) if base(a) in ARM_ORDER else len(ARM_ORDER), a))
 
 # %% ../../nbs/report/tables.ipynb #d569c1f2
 _keys = ["data", "network", "method", "ratio", "arm"]
 _costs = ["params", "macs", "train_macs", "total_macs", "epochs"]
 
-# %% ../../nbs/report/tables.ipynb #844c2abf
+# %% ../../nbs/report/tables.ipynb #daa19b8a
 def trial_table(frame, # the trial frame
                 alpha=.05, # the interval covers 1-alpha
                ):
-    "A row per network, method, ratio and arm, parent first: accuracy with its interval, size, costs (means over the runs)"
+    "A row per network, method, ratio and arm, parent first: accuracy with its interval, size, costs (means over the runs), and how many runs have diverged or failed"
     if done(frame).empty: raise UserError("no finished run to put into a table")
     costs = done(frame).groupby(_keys, sort=False)[_costs].mean().reset_index()
-    return in_order(summary(frame, _keys, alpha=alpha).merge(costs, on=_keys))
+    table = summary(frame, _keys, alpha=alpha).merge(costs, on=_keys).merge(_lost(frame), on=_keys, how="outer")
+    table = table.assign(n=table.n.fillna(0).astype(int))
+    return in_order(table[table.n + table.diverged + table.failed > 0])
+
+# %% ../../nbs/report/tables.ipynb #e4cc51ec
+def _lost(frame):
+    "How many runs of each arm have no accuracy, by why"
+    why = frame.assign(**{k: (frame.status == k).astype(int) for k in ("diverged", "failed")})
+    return why.groupby(_keys, sort=False)[["diverged", "failed"]].sum().reset_index()
 
 # %% ../../nbs/report/tables.ipynb #133ccbec
 def in_order(frame):
@@ -57,7 +66,7 @@ def human(x, # a count, such as parameters or MACs
     digits = f"{x / 1000**power:.3g}" if power else f"{x:.0f}"
     return f"{digits} {' kMGTP'[power]}".strip()
 
-# %% ../../nbs/report/tables.ipynb #b82c08cb
+# %% ../../nbs/report/tables.ipynb #142bfee9
 def shown(table, # of `trial_table`
          ):
     "The table in short words and human units, all text"
@@ -65,9 +74,9 @@ def shown(table, # of `trial_table`
     span = ["-" if pd.isna(lo) else f"[{lo:.2f}, {hi:.2f}]" for lo, hi in zip(table.lo, table.hi)]
     return pd.DataFrame({
         "network": table.network, "data": table["data"], "method": table.method, "removed": (100*table.ratio).map("{:.3g}%".format),
-        "arm": table.arm, "acc %": table["mean"].map(fixed), "sd": table.sd.map(fixed), "n": table.n.astype(str), "interval": span,
+        "arm": table.arm, "acc %": table["mean"].map(fixed), "sd": table.sd.map(fixed), "n": [str(n) + (f" ({', '.join(f'{k} {w}' for k, w in ((d, 'diverged'), (f, 'failed')) if k)})" if d or f else "") for n, d, f in zip(table.n, table.diverged, table.failed)], "interval": span,
         "params": table.params.map(human), "MACs": table.macs.map(human), "train": table.train_macs.map(human),
-        "from zero": table.total_macs.map(human), "epochs": table.epochs.map("{:.3g}".format)})
+        "from zero": table.total_macs.map(human), "epochs": table.epochs.map(lambda e: "-" if pd.isna(e) else f"{e:.3g}")})
 
 # %% ../../nbs/report/tables.ipynb #96df0ff6
 def format_table(table, # of `trial_table`

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Cell', 'runs_of']
 
-# %% ../../nbs/study/cells.ipynb #9d0d669c
+# %% ../../nbs/study/cells.ipynb #2a08d0ff
 from dataclasses import dataclass
 
 from fastcore.basics import patch
@@ -13,11 +13,12 @@ from fastcore.basics import patch
 from ..methods.amounts import inner_sites
 from ..methods.base import callbacks, pruned_arch
 from ..methods.all import methods
-from .grid import DataRef, Run, Study
-from ..training.arms import Arm, arms
+from .grid import Study
+from .step import Run
+from ..training.arms import Arm, arm
 from ..training.recipe import Recipe, fine_tune
 
-# %% ../../nbs/study/cells.ipynb #98037fd8
+# %% ../../nbs/study/cells.ipynb #91ff7a0b
 @dataclass(frozen=True)
 class Cell:
     "One row of a trial: an arm and the run that answers it"
@@ -28,26 +29,31 @@ class Cell:
     arm: str
     seed: int
     run: Run
+    parent: Run # of its seed
 
-# %% ../../nbs/study/cells.ipynb #f1715c73
+# %% ../../nbs/study/cells.ipynb #f71b6cba
 @patch
-def parent_run(self:Study, seed:int) -> Run:
-    "The training of the unpruned network"
-    return Run(kind="train", data=DataRef(name=self.data, subset=self.subset), arch=self.base, recipe=self.recipe, seed=seed, **_added(self))
+def parent_run(self:Study,
+    seed:int,
+    recipe:Recipe | None=None, # None: the study's
+) -> Run:
+    "The training of the unpruned network, or the one that was brought along"
+    if self.parent: return Run(kind="given", data=self.images, arch=self.base, recipe=self.recipe, weights=self.parent_sha256)
+    return Run(kind="train", data=self.images, arch=self.base, recipe=recipe or self.recipe, seed=seed, **_added(self))
 
 # %% ../../nbs/study/cells.ipynb #488e8dba
 def _added(s:Study) -> dict:
     "The fields of a training in which the method takes part"
     return dict(method=s.method, version=methods.get(s.method).version, request=s.training_options) if callbacks(s.method, **s.training_options) else {}
 
-# %% ../../nbs/study/cells.ipynb #95629b2c
+# %% ../../nbs/study/cells.ipynb #5d6e847d
 @patch
-def prune_run(self:Study, method:str, ratio:float, seed:int) -> Run:
-    "The pruning of a parent by the method under trial, or by a control"
+def prune_run(self:Study, method:str, ratio:float, seed:int, recipe:Recipe | None=None) -> Run:
+    "The pruning of a parent, trained by `recipe` or the study's, by the method under trial or by a control"
     if method != self.method: return self.control_run(method, ratio, seed)
     run = None
     for part in _parts(self, ratio):
-        start = self.parent_run(seed) if run is None else Run(kind="train", data=run.data, arch=None, recipe=self.between, start=run, seed=seed, **_added(self))
+        start = self.parent_run(seed, recipe) if run is None else Run(kind="train", data=run.data, arch=None, recipe=self.between, start=run, seed=seed, **_added(self))
         run = Run(kind="prune", data=start.data, arch=start.arch, method=method, version=methods.get(method).version, request=self.request(part),
                   start=start, init=self.early_run(seed) if run is None else None, seed=seed)
     return run
@@ -64,50 +70,69 @@ def between(self:Study) -> Recipe:
     "The training between two rounds"
     return self.recipe.replace(skip=self.rewind) if self.prunes == "tickets" or _added(self) else fine_tune(self.recipe)
 
+# %% ../../nbs/study/cells.ipynb #760af2c6
+@patch
+def first_run(self:Study,
+    seed:int,
+    epochs:int, # how many
+) -> Run:
+    "The first epochs of the parent's training, to whose weights an arm goes back"
+    return self.parent_run(seed, self.recipe.replace(first=epochs))
+
 # %% ../../nbs/study/cells.ipynb #ce5a1ecd
 @patch
 def early_run(self:Study, seed:int) -> Run | None:
     "The first steps of the parent's training, to whose end tickets go back; None: they go back to before them"
     return self.parent_run(seed).replace(recipe=self.recipe.replace(stop=self.rewind)) if self.rewind else None
 
-# %% ../../nbs/study/cells.ipynb #561fa0f8
+# %% ../../nbs/study/cells.ipynb #7a9bbd32
 @patch
 def control_run(self:Study, method:str, ratio:float, seed:int) -> Run:
     "The pruning of a parent by a control, to the size that the method under trial has"
-    run = Run(kind="prune", data=self.parent_run(seed).data, arch=self.base, method=method, version=methods.get(method).version, start=self.parent_run(seed), seed=seed)
+    run = Run(kind="prune", data=self.images, arch=self.base, method=method, version=methods.get(method).version, start=self.parent_run(seed), seed=seed)
     if not self.known: return run.replace(shape=self.prune_run(self.method, ratio, seed))
     small = pruned_arch(self.method, self.base, **self.request(ratio))
     return run.replace(request={"widths": {s.name: small.site(s.name).width for s in inner_sites(self.base)}})
 
-# %% ../../nbs/study/cells.ipynb #185f2abb
+# %% ../../nbs/study/cells.ipynb #2bfc2c39
 @patch
 def arm_run(self:Study, arm:Arm, ratio:float, seed:int) -> Run:
     "The run that answers an arm"
     if arm.start == "none": return self.parent_run(seed)
-    start = self.prune_run(self.method if arm.start == "method" else arm.start, ratio, seed) if arm.from_parent else None
-    if arm.recipe is None: return start
-    if not self.known: return self.found_run(arm, start, ratio, seed)
+    start = self.prune_run(self.method if arm.start == "method" else arm.start, ratio, seed, self.shorter(arm) if arm.early else None) if arm.from_parent else None
+    if not arm.trained: return start
+    back = dict(init=self.first_run(seed, self.recipe.epochs - arm.retraining(self.recipe))) if arm.rewound else {}
+    if not self.known: return self.found_run(arm, start, ratio, seed).replace(**back)
     small = pruned_arch(self.method, self.base, **self.request(ratio))
-    cost = self.base.count().flops/small.count().flops
-    r = arm.recipe(self.recipe, min(cost, self.cap or cost))
-    return Run(kind="train", data=self.parent_run(seed).data, arch=small if start else small.scratch(), recipe=r, start=start, seed=seed)
+    r = arm.recipe(self.recipe, self.base.count().flops/small.count().flops, self.cap)
+    return Run(kind="train", data=self.images, arch=small if start else small.scratch(), recipe=r, start=start, seed=seed, **back)
 
-# %% ../../nbs/study/cells.ipynb #f0dbc4df
+# %% ../../nbs/study/cells.ipynb #27983547
+@patch
+def shorter(self:Study, arm:Arm) -> Recipe:
+    "The parent's recipe with fewer epochs, by those that the arm retrains"
+    left = self.recipe.epochs - arm.retraining(self.recipe)
+    if left < 1: raise UserError(f"arm {arm.name}: retraining takes {arm.retraining(self.recipe)} epochs of {self.recipe.epochs}, and leaves none to the parent")
+    return self.recipe.scaled(left)
+
+# %% ../../nbs/study/cells.ipynb #0b29ce08
 @patch
 def found_run(self:Study, arm:Arm, start:Run | None, ratio:float, seed:int) -> Run:
     "The run that answers an arm, where the parent's weights say what stays: its epochs before any stretching"
-    r = arm.recipe(self.recipe, 1.).replace(skip=self.rewind if arm.late else 0)
+    r = arm.recipe(self.recipe).replace(skip=self.rewind if arm.late else 0)
     of = dict(start=start) if start else dict(shape=self.prune_run(self.method, ratio, seed))
     weights = self.counts == {} # non-zero MACs alone: zeros save nothing in the reference's convention
-    if arm.stretched: of |= dict(budget="nonzero_macs" if weights else "flops", cap=self.cap or (2. if weights else None))
-    return Run(kind="train", data=self.parent_run(seed).data, arch=None, recipe=r, seed=seed, **of)
+    if arm.stretched:
+        r, extra = r.scaled(r.epochs - arm.extra(self.recipe)), arm.extra(self.recipe) # what comes on top is not stretched
+        of |= dict(budget="nonzero_macs" if weights else "flops", cap=self.cap or (2. if weights else None), extra=extra)
+    return Run(kind="train", data=self.images, arch=None, recipe=r, seed=seed, **of)
 
-# %% ../../nbs/study/cells.ipynb #0bec56f1
+# %% ../../nbs/study/cells.ipynb #ed0984d5
 @patch
 def cells(self:Study) -> list[Cell]:
     "Every arm at every ratio and seed; the parent once a seed; a method is no control of itself"
-    own = [(arms.get(a), ratio, s) for s in range(self.seeds) for a in self.arms if arms.get(a).start != self.method for ratio in ((0.,) if arms.get(a).start == "none" else self.ratios)]
-    return [Cell(self.data, self.network, self.way, ratio, a.name, s, self.arm_run(a, ratio, s)) for a, ratio, s in own]
+    own = [(a, ratio, s) for s in range(self.seeds) for a in map(arm, self.arms) if a.start != self.method for ratio in ((0.,) if a.start == "none" else self.ratios)]
+    return [Cell(self.data, self.network, self.way, ratio, a.name, s, self.arm_run(a, ratio, s), self.parent_run(s)) for a, ratio, s in own]
 
 # %% ../../nbs/study/cells.ipynb #2e364190
 def runs_of(cells:list[Cell]) -> list[Run]:

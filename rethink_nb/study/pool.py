@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ready', 'lost', 'load_all', 'check_methods', 'run_all', 'n_workers']
 
-# %% ../../nbs/study/pool.ipynb #fcd1b4e6
+# %% ../../nbs/study/pool.ipynb #9540b7c4
 import json, os, sys
 from collections.abc import Iterable
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -16,11 +16,13 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from ..core.errors import UserError
-from ..methods.plugins import known_to_workers
-from .grid import Run
+from ..methods.plugins import known_to_workers, plugins_loaded
+from .step import Run
 from .run import data_of, start_worker, work
 from .store import Store
-from ..training.loop import pick_device, steps_of
+from ..training.data import shipped
+from ..training.device import pick_device
+from ..training.loop import steps_of
 from ..training.recipe import Recipe
 
 # %% ../../nbs/study/pool.ipynb #4690e917
@@ -35,7 +37,7 @@ def lost(waiting:Iterable[Run], failed:Iterable[str]) -> list[Run]:
     "Waiting runs that need one of failed ids"
     return [r for r in waiting if any(b.id in failed for b in r.befores())]
 
-# %% ../../nbs/study/pool.ipynb #64a3fd47
+# %% ../../nbs/study/pool.ipynb #26422b4a
 class _Bars:
     "A bar for the study, one for a current training; silent where nobody looks"
     def __init__(self, total:int, store:Store, on:bool):
@@ -48,7 +50,7 @@ class _Bars:
             row = max(rows, key=lambda r: r["epoch"]/r["epochs"])
             self.epoch.total, self.epoch.n = row["epochs"], row["epoch"]
             self.epoch.set_description(row["label"][:70], refresh=False)
-            self.epoch.set_postfix_str(f"val {row['val_acc']:.1f} %")
+            self.epoch.set_postfix_str(f"val {row['val_acc']:.1f} %" if row["val_acc"] == row["val_acc"] else "")
     def _read(self, run:Run) -> dict | None:
         try: return json.loads((self.store.work(run)/"progress.json").read_text())
         except (OSError, ValueError): return None
@@ -61,21 +63,23 @@ def load_all(runs:Iterable[Run], root=None):
     for r in runs:
         if r.recipe: _check_steps(r.recipe, sizes[r.data])
 
-# %% ../../nbs/study/pool.ipynb #f0f46b6b
+# %% ../../nbs/study/pool.ipynb #131aa77a
 def _check_steps(r:Recipe, n:int):
     "Refuse to go back to a step that the training never goes on from"
-    total = sum(map(len, steps_of(r.replace(skip=0, stop=None), n).values()))
+    total = sum(map(len, steps_of(r.replace(skip=0, stop=None, first=None, last=None), n).values()))
     if (k := max(r.skip, r.stop or 0)) >= total > 0: raise UserError(f"step {k} to rewind to: {r.epochs} epochs of {n:,} images are {total:,} steps; give an earlier one")
 
-# %% ../../nbs/study/pool.ipynb #8378a4de
+# %% ../../nbs/study/pool.ipynb #e26dd022
 def check_methods(runs:Iterable[Run]):
-    "Refuse methods that worker processes would not know, and a script that they could not import"
+    "Refuse methods and data sets that worker processes would not know, and a script that they could not import"
     file = getattr(sys.modules["__main__"], "__file__", None)
     if file and not Path(file).exists(): raise UserError(f"worker processes import the script that starts them, and {file} is no file: write it to one, or use python -c")
+    for name in dict.fromkeys(r.data.name for r in runs):
+        if name not in shipped and not plugins_loaded() and not file: raise UserError(f"data set {name} lives in this session alone, and a trial runs in processes of its own: put it in a file and load it by methods.load_plugin(file)")
     for name in dict.fromkeys(r.method for r in runs if r.kind == "prune"):
         if not known_to_workers(name): raise UserError(f"method {name} lives in this session alone, and a trial runs in processes of its own: put it in a file and load it by methods.load_plugin(file)")
 
-# %% ../../nbs/study/pool.ipynb #c63083bf
+# %% ../../nbs/study/pool.ipynb #9130742b
 def run_all(
     runs:list[Run], # in an order in which every run comes after what it starts from; see `runs_of`
     store:Store,
@@ -85,12 +89,13 @@ def run_all(
     progress:bool=True,
 ) -> dict[str, str]: # errors of failed runs by id
     "Carry out all runs that are not done"
-    todo = [r for r in runs if not store.done(r)]
+    todo = [r for r in runs if not store.ended(r)]
     check_methods(todo)
     load_all(todo, root)
     bars = _Bars(len(runs), store, progress)
     bars.study.update(len(runs) - len(todo))
-    try: return _in_processes(todo, store, n_workers(workers, device, len(todo)), device, root, bars) if todo else {}
+    diverged = {r.id: f"{r.label}: {store.record(r.id)['error']}" for r in runs if store.ended(r) and not store.done(r)}
+    try: return _in_processes(todo, diverged, store, n_workers(workers, device, len(todo)), device, root, bars) if todo else diverged
     finally: bars.close()
 
 # %% ../../nbs/study/pool.ipynb #26c07030
@@ -101,10 +106,10 @@ def n_workers(workers:int | None, device:str, runs:int) -> int:
     if workers < 1: raise UserError(f"{workers} workers: give at least 1")
     return max(1, min(workers, runs))
 
-# %% ../../nbs/study/pool.ipynb #88fb8361
-def _in_processes(todo:list[Run], store:Store, n:int, device:str, root, bars:_Bars) -> dict[str, str]:
+# %% ../../nbs/study/pool.ipynb #76c96745
+def _in_processes(todo:list[Run], diverged:dict[str, str], store:Store, n:int, device:str, root, bars:_Bars) -> dict[str, str]:
     "Hand runs to workers as their starts get done"
-    waiting, running, errors = {r.id: r for r in todo}, {}, {}
+    waiting, running, errors = {r.id: r for r in todo}, {}, dict(diverged)
     pool = ProcessPoolExecutor(n, mp_context=get_context("spawn"), initializer=start_worker)
     try:
         while waiting or running:
@@ -125,9 +130,9 @@ def _in_processes(todo:list[Run], store:Store, n:int, device:str, root, bars:_Ba
     finally: pool.shutdown(wait=False, cancel_futures=True)
     return errors
 
-# %% ../../nbs/study/pool.ipynb #6e3bf311
+# %% ../../nbs/study/pool.ipynb #fa21daf0
 def _book(future, run:Run, errors:dict, bars:_Bars):
     id, status, error = future.result()
     if status == "refused": raise UserError(error)
-    if status == "failed": errors[id] = f"{run.label}: {error}"
+    if status != "done": errors[id] = f"{run.label}: {error}"
     bars.study.update()

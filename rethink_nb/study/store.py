@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Store', 'environment']
 
-# %% ../../nbs/study/store.ipynb #0a7c6a1f
+# %% ../../nbs/study/store.ipynb #08a27951
 import hashlib, json, os, platform, shutil
 from datetime import datetime, timezone
 from pathlib import Path
@@ -22,9 +22,11 @@ from ..arch.spec import Arch
 from ..core.errors import UserError
 from ..core.files import folder, write_bytes, write_text
 from ..core.record import read_json
-from .grid import Run
+from .step import Run
 from ..surgery.plan import Plan
 from ..surgery.saved import load, read_weights, save
+from ..training.checkpoint import CHECKPOINTS
+from ..training.ledger import Cost
 
 # %% ../../nbs/study/store.ipynb #39bf0b15
 class Store:
@@ -53,6 +55,12 @@ def done(self:Store, run:Run) -> bool:
     "Whether the run has ended well"
     return (self.record(run.id) or {}).get("status") == "done"
 
+# %% ../../nbs/study/store.ipynb #a5d29678
+@patch
+def ended(self:Store, run:Run) -> bool:
+    "Whether the run is not to be tried again: it is done, or has diverged, which it would do again"
+    return (self.record(run.id) or {}).get("status") in ("done", "diverged")
+
 # %% ../../nbs/study/store.ipynb #f01d818b
 @patch
 def records(self:Store) -> tuple[list[dict], list[str]]:
@@ -77,12 +85,26 @@ def arch(self:Store, id:str) -> Arch:
     "The architecture that a run ended with"
     return Arch.read(self/id/"arch.json")
 
-# %% ../../nbs/study/store.ipynb #fa7888a1
+# %% ../../nbs/study/store.ipynb #24035252
+@patch
+def plan(self:Store, id:str) -> Plan | None:
+    "What a pruning decided; None for a training"
+    path = self/id/"plan.json"
+    return Plan.read(path) if path.is_file() else None
+
+# %% ../../nbs/study/store.ipynb #eab65f40
+@patch
+def said(self:Store, id:str) -> torch.Tensor | None:
+    "The class that a run's network gives to each test image; None where it was not kept"
+    path = self/id/"predictions.safetensors"
+    return read_weights(path)["test"] if path.is_file() else None
+
+# %% ../../nbs/study/store.ipynb #c763a9fa
 @patch
 def masks(self:Store, id:str) -> dict[str, torch.Tensor] | None:
     "Which weights a pruning left, by parameter name; None where channels went"
-    path = self/id/"plan.json"
-    return {k: m.tensor() for k, m in Plan.read(path).masks.items()} or None if path.is_file() else None
+    plan = self.plan(id)
+    return {k: m.tensor() for k, m in plan.masks.items()} or None if plan else None
 
 # %% ../../nbs/study/store.ipynb #8a406415
 @patch
@@ -125,36 +147,51 @@ def environment(
     return dict(python=platform.python_version(), torch=torch.__version__, machine=platform.machine(), system=platform.system(),
                 cpu=torch.backends.cpu.get_cpu_capability(), device=torch.cuda.get_device_name(device) if device.startswith("cuda") else device)
 
-# %% ../../nbs/study/store.ipynb #7c15b0e0
+# %% ../../nbs/study/store.ipynb #2ccaac31
 @patch
 def finish(self:Store,
     run:Run,
     net:nn.Module, # as it came out
     metrics:dict, # test_acc, ...
     cost:dict, # from a `Cost`
-    curve=None, # DataFrame, a row an epoch
+    rows:list[dict]=(), # the curve: one an epoch
     plan:Plan | None=None, # of a pruning
     masks:dict[str, torch.Tensor] | None=None, # which weights are there, by parameter name; None: all
     states:list[dict[str, torch.Tensor]]=(), # what each callback kept
+    said:torch.Tensor | None=None, # the class that it gives to each test image
     device:str="cpu", # that was used
     **more, # further entries of the record
 ) -> dict: # the record
     "Put a finished run in place; with the same folder there already, the new one stays"
     at = save(self.work(run), net, plan)
-    if curve is not None and len(curve): write_text(at/"curve.csv", curve.to_csv(index=False))
+    _write_curve(at, rows)
+    if said is not None: write_bytes(at/"predictions.safetensors", save_tensors(dict(test=said.to(torch.int16))))
     if kept := {f"{i}.{k}": v.contiguous() for i, state in enumerate(states) for k, v in state.items()}: write_bytes(at/"callbacks.safetensors", save_tensors(kept))
     c = net.arch.count()
     if masks: more |= dict(nonzero_params=c.params - sum(int((~m).sum()) for m in masks.values()), nonzero_macs=count(net, net.arch.input).nonzero_macs)
     return self._place(run, dict(status="done", metrics=metrics, cost=cost, params=c.params, macs=c.macs, flops=c.flops,
                                  weights_sha256=hashlib.sha256((at/"weights.safetensors").read_bytes()).hexdigest(), **more), device)
 
-# %% ../../nbs/study/store.ipynb #1edde3fe
+# %% ../../nbs/study/store.ipynb #cac4f1f3
 @patch
-def fail(self:Store, run:Run, error:str, device:str="cpu") -> dict:
-    "Keep the record of a run that ended badly; asked for again, it is tried again"
-    return self._place(run, dict(status="failed", error=error), device)
+def fail(self:Store,
+    run:Run,
+    error:str, # why
+    device:str="cpu",
+    status:str="failed", # or "diverged"
+    rows:list[dict]=(), # the curve up to there
+    cost:Cost | None=None, # up to there
+) -> dict: # the record
+    "Keep the record of a run that ended badly; one that failed is tried again when it is asked for again, one that diverged is not"
+    _write_curve(self.work(run), rows)
+    return self._place(run, dict(status=status, error=error, **(dict(cost=cost.to_dict()) if cost else {})), device)
 
-# %% ../../nbs/study/store.ipynb #fc8e03fe
+# %% ../../nbs/study/store.ipynb #3eed1ab0
+def _write_curve(at:Path, rows:list[dict]):
+    from pandas import DataFrame
+    if rows: write_text(at/"curve.csv", DataFrame(rows).to_csv(index=False))
+
+# %% ../../nbs/study/store.ipynb #afec71d1
 @patch
 def _place(self:Store, run:Run, content:dict, device:str) -> dict:
     "Write the record and rename the work folder into place"
@@ -168,6 +205,6 @@ def _place(self:Store, run:Run, content:dict, device:str) -> dict:
         os.replace(end, old)
     os.replace(at, end)
     # only now: a training that is killed before the rename must find its last checkpoint
-    for scrap in ("checkpoint.safetensors", "progress.json"): (end/scrap).unlink(missing_ok=True)
+    for scrap in (*CHECKPOINTS, "progress.json"): (end/scrap).unlink(missing_ok=True)
     shutil.rmtree(self/".work"/f"{run.id}.old", ignore_errors=True)
     return record

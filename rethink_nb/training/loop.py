@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['batches', 'steps_of', 'train_epoch', 'optimiser', 'History', 'Diverged', 'resolved', 'train']
 
-# %% ../../nbs/training/loop.ipynb #5223bca2
+# %% ../../nbs/training/loop.ipynb #c8436a3e
 import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -24,7 +24,8 @@ from ..core.record import content_id
 from ..core.seed import generator
 from ..core.signals import Stopped, postponed
 from .checkpoint import Place, Saver
-from .data import Data, batch, draw
+from .augment import batch, draw
+from .data import Data
 from .device import Meter, autocast, best_precision, memory_told, pick_device, repeatable
 from .ledger import Cost, train_macs
 from .recipe import Recipe

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['logits_of', 'evaluate', 'loss_and_accuracy', 'calibration_error', 'scores', 'agreement']
 
-# %% ../../nbs/training/scores.ipynb #aba266f8
+# %% ../../nbs/training/scores.ipynb #0b7efe69
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from ..core.mode import evaluating
-from .data import Data, Split, batch
+from .augment import batch
+from .data import Data, Split
 from .device import autocast
 
 # %% ../../nbs/training/scores.ipynb #6ae5f7f1
