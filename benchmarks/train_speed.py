@@ -1,6 +1,6 @@
 """How fast the training loop is: beside a loop written the customary way, and beside the bare step, in one run.
 
-    python benchmarks/train_speed.py [--networks resnet56,vgg16,densenet40] [--batches 64,128,512] [--rounds 5] [--precision bf16] [--device auto] [--out FILE.json]
+    python benchmarks/train_speed.py [--networks resnet56,vgg16,densenet40] [--batches 64,128,512] [--rounds 5] [--precision bf16] [--compile default] [--device auto] [--machine] [--out FILE.json]
 
 Three loops train the same network on as many images of CIFAR's shape (random ones: speed does not ask what they show):
 
@@ -37,15 +37,13 @@ def images_of(n):
 
 class Ours:
     "Our loop over `steps` batches"
-    def __init__(self, name, r, steps, device):
+    def __init__(self, name, r, steps, device, compile=""):
         images, labels = images_of(steps*r.batch)
         split = Split(images, labels)
         self.data = Data("random", split, split, split, 10, (3, 32, 32), MEAN, STD, 4, True, "none").to(device)
         self.net, self.r, self.steps = zoo.arch(name, classes=10).build().to(device, memory_format=torch.channels_last), r, steps
-        self.opt, self.epoch = optimiser(self.net, r), 0
-    def __call__(self):
-        self.epoch += 1
-        train_epoch(self.net, self.data, self.r, self.opt, (), 0, 1, range(self.steps))
+        self.opt, self.forward = optimiser(self.net, r), torch.compile(self.net, mode=compile) if compile else self.net
+    def __call__(self): train_epoch(self.net, self.data, self.r, self.opt, (), 0, 1, range(self.steps), forward=self.forward)
 
 
 class Bare:
@@ -117,10 +115,11 @@ def race(name, batch, args):
     device, r = pick_device(args.device), recipe("cifar", batch=batch, precision=args.precision, lr=1e-3)
     steps = max(2, -(-args.images//batch))
     loops = {k: make(name, r, steps, device) for k, make in (("ours", Ours), ("bare", Bare), ("customary", Customary))}
+    if args.compile: loops["compiled"] = Ours(name, r, steps, device, args.compile)
     rates = {k: [] for k in loops}
     for loop in loops.values(): loop() # the first steps pick kernels and grow buffers
     for i in range(args.rounds):
-        for k in list(loops)[i % 3:] + list(loops)[:i % 3]: rates[k].append(timed(loops[k], steps*batch))
+        for k in list(loops)[i % len(loops):] + list(loops)[:i % len(loops)]: rates[k].append(timed(loops[k], steps*batch))
     return {k: spread(v) for k, v in rates.items()}
 
 
@@ -158,18 +157,22 @@ def main():
     p.add_argument("--precision", default="bf16")
     p.add_argument("--device", default="auto")
     p.add_argument("--machine", action="store_true", help="compare whole machines too, at the first batch size")
+    p.add_argument("--compile", default="", help="time our loop compiled in this mode, too")
     p.add_argument("--out", default="")
+    p.add_argument("--append", action="store_true", help="keep the rows of other networks that the file has")
     args = p.parse_args()
     device, batches = pick_device(args.device), [int(b) for b in args.batches.split(",")]
     if device.type == "cpu": torch.set_num_threads(1)
     result = dict(date=str(date.today()), torch=torch.__version__, python=platform.python_version(), cores=os.cpu_count(), cpu=torch.backends.cpu.get_cpu_capability(),
                   device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu", threads=torch.get_num_threads(), precision=args.precision, rounds=args.rounds, rows=[])
+    if args.append and os.path.isfile(args.out):
+        with open(args.out) as f: result["rows"] = [r for r in json.load(f)["rows"] if r["network"] not in args.networks.split(",")]
     for name in args.networks.split(","):
         for batch in batches:
             row = dict(network=name, batch=batch, **race(name, batch, args))
             row |= dict(to_customary=round(row["ours"]["median"]/row["customary"]["median"], 3), to_bare=round(median(a/b for a, b in zip(row["ours"]["all"], row["bare"]["all"])), 3))
             result["rows"].append(row)
-            print(f"{name:11} batch {batch:4}   ours {row['ours']['median']:8.1f}   customary {row['customary']['median']:8.1f} ({row['to_customary']:.2f} times)   bare {row['bare']['median']:8.1f} ({row['to_bare']:.1%})   images/s", flush=True)
+            print(f"{name:11} batch {batch:4}   ours {row['ours']['median']:8.1f}   customary {row['customary']['median']:8.1f} ({row['to_customary']:.2f} times)   bare {row['bare']['median']:8.1f} ({row['to_bare']:.1%})   images/s" + (f"   compiled {row['compiled']['median']:8.1f}" if args.compile else ""), flush=True)
         if args.machine and device.type == "cpu":
             row = dict(network=name, batch=batches[0], machine=True, **machine(name, batches[0], args))
             row["to_customary"] = round(row["ours"]["median"]/row["customary"]["median"], 3)

@@ -98,6 +98,18 @@ def test_weight_rewinding_cuts_the_early_weights_as_the_trained_ones_were(method
         if rounds == 1: assert all(any(abs(a - b) < 1e-6 for b in inside) for a in net.features.conv1.weight.flatten(1).sum(1).tolist())
 
 
+@pytest.mark.parametrize("more", [{}, dict(arms=["parent", "fine-tune@one-cycle:3", "scratch-b"], training=dict(batch=16, lr=.02, milestones=(.3, .6)), recipe_name="cifar"),
+                                  dict(method="slimming", options=dict(strength=.001, skip=("conv1",)), rounds=2, reference=True, precision="bf16"), dict(subset=500, margin=1., alpha=.1, cap=1.5, width=.5, epochs=7)])
+def test_the_command_of_a_study_makes_it_again(more, monkeypatch, tmp_path):
+    import shlex
+
+    from rethink_nb import cli
+    s, seen = Study(**{**DIGITS, **more}), []
+    monkeypatch.setattr(cli, "_trial", lambda studies, *rest: seen.extend(studies))
+    words = shlex.split(s.trial(Store(tmp_path/"runs")).commands()[0])
+    assert words[0] == "rethink-nb" and cli.main(words[1:]) == 0 and seen == [s] and seen[0].id == s.id
+
+
 # A parent that is brought along ---------------------------------------------------------------------------------------------------
 
 def test_a_given_parent_gives_what_the_trained_one_gives(tmp_path):

@@ -72,6 +72,20 @@ BAD = {
     "many seeds": (["run", "l1", "--seeds", "100000000000000000000"], "at most 1,000 seeds"),
     "out is no page": (["report", "--store", ".", "--out", "afile"], "ends in .html"),
     "no store": (["report", "--store", "nowhere"], "no such folder"),
+    "arm": (["run", "l1", "--arms", "fine-tun"], "did you mean fine-tune"),
+    "arm's schedule": (["run", "l1", "--arms", "fine-tune@big"], "unknown schedule 'big'"),
+    "arm's length": (["run", "l1", "--arms", "fine-tune:x"], "give name, name@schedule or name@schedule:epochs"),
+    "arm longer than the parent": (["run", "l1", "--arms", "pipeline-e:12"], "retraining takes 12 epochs of 12, and leaves none to the parent"),
+    "rewinds too far": (["run", "l1", "--arms", "weight-rewind:20"], "lr-rewind over 20 epochs: the parent's schedule has 12"),
+    "recipe": (["run", "l1", "--recipe", "cfar"], "unknown recipe 'cfar'"),
+    "training field": (["run", "l1", "--training", "bach=3"], "a recipe has no field 'bach'"),
+    "training value": (["run", "l1", "--training", "batch=many"], "batch"),
+    "training epochs": (["run", "l1", "--training", "epochs=3"], "give epochs to the study"),
+    "compile": (["run", "l1", "--training", "compile=fast"], "compile 'fast'"),
+    "no parent": (["run", "l1", "--parent", "nowhere"], "parent nowhere: no such file or folder"),
+    "parent is no network": (["run", "l1", "--parent", "afile"], "or a .safetensors file"),
+    "parent is an empty folder": (["run", "l1", "--parent", "."], "arch.json"),
+    "root": (["run", "l1", "--root", "nowhere"], "root nowhere: no such folder"),
     "cifar is not there": (["run", "l1", "--data", "cifar10", "--arch", "resnet20"], "cifar-10-binary"),
 }
 
@@ -81,6 +95,7 @@ def test_bad_input(name, tmp_path, monkeypatch, capsys):
     argv, said = BAD[name]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("RETHINK_NB_DATA", raising=False)
     (tmp_path/"afile").write_text("")
     assert main(argv) == 2
     out, err = capsys.readouterr()
@@ -93,6 +108,7 @@ def test_fashion_mnist_not_there(tmp_path, monkeypatch, capsys):
     from rethink_nb.study.run import data_of
     monkeypatch.setattr(data, "_debian", tmp_path/"nothing")
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("RETHINK_NB_DATA", raising=False)
     monkeypatch.chdir(tmp_path)
     data_of.cache_clear()
     assert main(["run", "l1", "--data", "fashion-mnist", "--arch", "resnet20", "--subset", "100"]) == 2

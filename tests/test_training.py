@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import child
 
 from rethink_nb import training as T
 from rethink_nb.arch import zoo
@@ -193,6 +194,23 @@ def test_no_memory_is_told_with_what_to_change(data):
         except UserError as e: assert str(e).startswith("out of memory: take fewer images a step than 2000"), str(e)
         else: raise AssertionError("there was enough memory")
     assert ended(fork(task, little)) == 0
+
+
+@pytest.mark.slow
+def test_a_compiled_training_learns_the_same(data):
+    "Other kernels, other bits, the same training; a checkpoint of the eager one is another's"
+    nets = [ARCH.build(seed=1) for _ in range(2)]
+    eager, compiled = (T.train(n, data, RECIPE.replace(epochs=2, compile=c), seed=1, device="cpu") for n, c in zip(nets, ("", "default")))
+    assert [abs(a["train_loss"] - b["train_loss"]) < .02 for a, b in zip(eager.rows, compiled.rows)] == [True, True]
+    assert all(torch.allclose(a, b, atol=.05) for a, b in zip(nets[0].parameters(), nets[1].parameters()))
+
+
+@pytest.mark.slow
+def test_no_compiler_is_told_in_one_line(tmp_path):
+    done = child("python", "-c", "from rethink_nb import training as T\nfrom rethink_nb.arch import zoo\n"
+                 "try: T.train(zoo.arch('vgg-digits').build(), T.load_data('digits'), T.recipe('digits', epochs=1, compile='default'), device='cpu')\n"
+                 "except T.UserError as e: print('told:', e)", cwd=tmp_path, env=dict(CXX=str(tmp_path/"nothing"), TORCHINDUCTOR_CACHE_DIR=str(tmp_path/"cache")))
+    assert done.stdout.startswith("told: compile 'default' does not work here"), done.stderr
 
 
 def test_a_diverged_run_is_kept_and_counted(tmp_path):

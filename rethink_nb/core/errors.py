@@ -5,8 +5,11 @@
 # %% auto #0
 __all__ = ['UserError']
 
-# %% ../../nbs/core/errors.ipynb #128a8768
+# %% ../../nbs/core/errors.ipynb #5cc94aeb
 class UserError(ValueError):
     "A mistake of the user: its message is one line that names the cause and the way out"
     def __init__(self, message:str): # one line, no full stop at the end needed
         super().__init__(" ".join(str(message).split()))
+    def _render_traceback_(self) -> list[str]:
+        "What IPython shows in the place of a traceback"
+        return [f"{type(self).__name__}: {self}"]

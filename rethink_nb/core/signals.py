@@ -9,9 +9,12 @@ __all__ = ['Stopped', 'postponed', 'sigterm_interrupts']
 import signal, threading
 from contextlib import contextmanager
 
-# %% ../../nbs/core/signals.ipynb #744bf732
+# %% ../../nbs/core/signals.ipynb #0fc6949f
 class Stopped(KeyboardInterrupt):
     "A request to stop was obeyed, after the work was saved; says where"
+    def _render_traceback_(self) -> list[str]:
+        "What IPython shows in the place of a traceback"
+        return [f"{type(self).__name__}: {self}"]
 
 # %% ../../nbs/core/signals.ipynb #05f3bd8d
 @contextmanager

@@ -94,26 +94,18 @@ def control_run(self:Study, method:str, ratio:float, seed:int) -> Run:
     small = pruned_arch(self.method, self.base, **self.request(ratio))
     return run.replace(request={"widths": {s.name: small.site(s.name).width for s in inner_sites(self.base)}})
 
-# %% ../../nbs/study/cells.ipynb #2bfc2c39
+# %% ../../nbs/study/cells.ipynb #dcc11c9e
 @patch
 def arm_run(self:Study, arm:Arm, ratio:float, seed:int) -> Run:
     "The run that answers an arm"
     if arm.start == "none": return self.parent_run(seed)
-    start = self.prune_run(self.method if arm.start == "method" else arm.start, ratio, seed, self.shorter(arm) if arm.early else None) if arm.from_parent else None
+    start = self.prune_run(self.method if arm.start == "method" else arm.start, ratio, seed, arm.parent(self.recipe)) if arm.from_parent else None
     if not arm.trained: return start
     back = dict(init=self.first_run(seed, self.recipe.epochs - arm.retraining(self.recipe))) if arm.rewound else {}
     if not self.known: return self.found_run(arm, start, ratio, seed).replace(**back)
     small = pruned_arch(self.method, self.base, **self.request(ratio))
     r = arm.recipe(self.recipe, self.base.count().flops/small.count().flops, self.cap)
     return Run(kind="train", data=self.images, arch=small if start else small.scratch(), recipe=r, start=start, seed=seed, **back)
-
-# %% ../../nbs/study/cells.ipynb #27983547
-@patch
-def shorter(self:Study, arm:Arm) -> Recipe:
-    "The parent's recipe with fewer epochs, by those that the arm retrains"
-    left = self.recipe.epochs - arm.retraining(self.recipe)
-    if left < 1: raise UserError(f"arm {arm.name}: retraining takes {arm.retraining(self.recipe)} epochs of {self.recipe.epochs}, and leaves none to the parent")
-    return self.recipe.scaled(left)
 
 # %% ../../nbs/study/cells.ipynb #0b29ce08
 @patch

@@ -140,7 +140,7 @@ def _check_study(s:Study):
     if s.cap is not None and not 1 <= s.cap < float("inf"): raise UserError(f"cap {s.cap}: give a factor of at least 1")
     s.base.check()
 
-# %% ../../nbs/study/grid.ipynb #742a480e
+# %% ../../nbs/study/grid.ipynb #391ba8c8
 def _check_method(s:Study):
     "Refuse what the method cannot do"
     m = methods.get(s.method)
@@ -151,6 +151,7 @@ def _check_method(s:Study):
     if s.rewind < 0 or s.rewind and s.prunes != "tickets": raise UserError(f"rewind {s.rewind}: give a number of steps, with a method that goes back to the start, such as lottery")
     for a in s.arms:
         if s.prunes not in arm(a).suits: raise UserError(f"arm {a} does not go with {s.method}: there are {', '.join(n for n, x in arms.items.items() if s.prunes in x.suits)}")
+        if arm(a).trained: arm(a).parent(s.recipe), arm(a).recipe(s.recipe) # refuse lengths that do not fit
     for r in s.ratios:
         check_ratio(r)
         if r == 0 or s.known and pruned_arch(s.method, s.base, **s.request(r)) == s.base: raise UserError(f"ratio {r} removes nothing from {s.arch}: give a larger one")

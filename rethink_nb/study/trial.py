@@ -154,19 +154,22 @@ def figure(self:Trial, kind:str="curves"):
     if kind == "curves": return figures.fig_curves(self.curves())
     return figures.fig_arms(self.frame()) if kind == "arms" else figures.fig_accuracy_cost(self.frame(), x="total_macs")
 
-# %% ../../nbs/study/trial.ipynb #0765ffa0
+# %% ../../nbs/study/trial.ipynb #4e43f32e
 def setup_of(s:Study) -> str:
     "One line on a study: network, images, epochs, seeds"
     images = "all training images" if s.subset is None else f"a subset of {s.subset:,} training images"
     width = f" at {s.width:g} x its width" if s.width != 1 else ""
-    return (f"{s.arch}{width} on {s.data} ({images}), {s.way} at {', '.join(f'{r:.0%}' for r in s.ratios)}: parent {s.recipe.epochs} epochs, "
-            f"rate {s.recipe.lr:g} {s.recipe.schedule}, {s.precision}, {s.seeds} seeds")
+    parent = f"given parent {s.parent_sha256[:12]}, recipe" if s.parent else "parent"
+    more = ", ".join(["", *filter(None, [s.recipe_name, *(f"{k} {v}" for k, v in s.training.items()), "as the reference (no image held out, the test images looked at after each epoch)" if s.reference else ""])])
+    return (f"{s.arch}{width} on {s.data} ({images}), {s.way} at {', '.join(f'{r:.0%}' for r in s.ratios)}: {parent} {s.recipe.epochs} epochs, "
+            f"rate {s.recipe.lr:g} {s.recipe.schedule}, {s.precision}, {s.seeds} seeds{more}")
 
-# %% ../../nbs/study/trial.ipynb #cf545807
+# %% ../../nbs/study/trial.ipynb #92d33749
 @patch
 def caution(self:Trial) -> str:
     "What these results can and cannot say"
-    return f"{self.note} Margin {self.points:g} points, {1 - self.alpha:.0%} intervals, each comparison by itself (not corrected for their number)."
+    shared = " All seeds share one given parent, so intervals tell how retraining varies, not how parents do; its own training is in no cost." if any(s.parent for s in self.studies) else ""
+    return f"{self.note} Margin {self.points:g} points, {1 - self.alpha:.0%} intervals, each comparison by itself (not corrected for their number).{shared}"
 
 # %% ../../nbs/study/trial.ipynb #78eea324
 @patch

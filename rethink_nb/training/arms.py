@@ -56,6 +56,15 @@ def recipe(self:Arm,
     same = self.schedule == "large" and epochs == r.epochs # as it is, parts of it included
     return scratch_b(r if same else reshaped(r, self.schedule, epochs), cost if self.stretched else 1., cap, extra=self.extra(r))
 
+# %% ../../nbs/training/arms.ipynb #ae94995e
+@patch
+def parent(self:Arm, r:Recipe) -> Recipe:
+    "The recipe of the parent that it starts from: shorter by its own epochs where it is an early one"
+    if not self.early: return r
+    left = r.epochs - self.retraining(r)
+    if left < 1: raise UserError(f"arm {self.name}: retraining takes {self.retraining(r)} epochs of {r.epochs}, and leaves none to the parent")
+    return r.scaled(left)
+
 # %% ../../nbs/training/arms.ipynb #6f45ab9e
 @patch
 def extra(self:Arm, r:Recipe) -> int:

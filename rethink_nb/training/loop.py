@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['batches', 'steps_of', 'train_epoch', 'optimiser', 'History', 'Diverged', 'resolved', 'train']
 
-# %% ../../nbs/training/loop.ipynb #c8436a3e
+# %% ../../nbs/training/loop.ipynb #d400647c
 import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ from ..core.signals import Stopped, postponed
 from .checkpoint import Place, Saver
 from .augment import batch, draw
 from .data import Data
-from .device import Meter, autocast, best_precision, memory_told, pick_device, repeatable
+from .device import Meter, autocast, best_precision, compile_told, memory_told, pick_device, repeatable
 from .ledger import Cost, train_macs
 from .recipe import Recipe
 from .scores import evaluate, logits_of, scores
@@ -61,7 +61,7 @@ def _new_sums(device:torch.device) -> dict[str, torch.Tensor]:
     "Loss times images, and images that were right"
     return dict(loss=torch.zeros((), device=device), right=torch.zeros((), device=device, dtype=torch.long))
 
-# %% ../../nbs/training/loop.ipynb #1152bc48
+# %% ../../nbs/training/loop.ipynb #91670d35
 def train_epoch(
     net:nn.Module,
     data:Data, # on the network's device
@@ -73,13 +73,14 @@ def train_epoch(
     part:range, # of its batches
     place:Place | None=None, # to go on in the middle of `part`, and to book in
     step_over:Callable[[], None]=lambda: None, # called after each step
+    forward:Callable | None=None, # the network's forward pass, compiled say; None: the network
 ) -> dict: # mean loss, accuracy in percent, images, steps
     "Train on a part of an epoch's batches"
     net.train()
     device, place = data.train.labels.device, place or Place()
     order, moves = _epoch_draws(data, r, seed, epoch)
     place.sums = {k: v.to(device) for k, v in place.sums.items()} or _new_sums(device)
-    parts, forward = batches(len(order), r.batch), torch.compile(net, mode=r.compile) if r.compile else net
+    parts, forward = batches(len(order), r.batch), forward or net
     for i in range(max(part.start, place.batch), part.stop):
         at, lr = parts[i], r.lr_at(epoch, i/len(parts))
         x, y = batch(data.train.images, order[at], data, moves and [m[at] for m in moves]), data.train.labels[order[at]]
@@ -133,7 +134,7 @@ def resolved(r:Recipe, device:torch.device) -> Recipe:
     "The recipe with what depends on the device decided"
     return r.replace(precision=best_precision(device)) if r.precision == "auto" else r
 
-# %% ../../nbs/training/loop.ipynb #478bda6e
+# %% ../../nbs/training/loop.ipynb #41227a59
 def train(
     net:nn.Module, # with its `.arch`; trained in place
     data:Data, # from `load_data`
@@ -153,7 +154,7 @@ def train(
     opt = optimiser(net, r, callbacks)
     key = content_id([net.arch.id, r.id, data.checksum, seed, device.type, [cb.key() for cb in callbacks], _digest(net)])
     saver, hint = Saver(checkpoint, (net, opt, callbacks, key), seconds), f"take fewer images a step than {r.batch}, precision bf16, a narrower network, or fewer workers"
-    with repeatable(device), memory_told(hint), postponed() as noted:
+    with repeatable(device), memory_told(hint), compile_told(r.compile), postponed() as noted:
         t = _Training(net, data, r, opt, callbacks, seed, saver, noted)
         for epoch, part in steps_of(r, len(data.train)).items():
             if epoch > t.done: t.run_epoch(epoch, part, report)
@@ -166,14 +167,14 @@ def _digest(net:nn.Module) -> str:
     for v in net.state_dict().values(): digest.update(v.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
-# %% ../../nbs/training/loop.ipynb #8cfe71ec
+# %% ../../nbs/training/loop.ipynb #3d133168
 _CLOCKS = ("seconds", "device_seconds", "joules")
 
 class _Training:
     "A training under way, taken up where its checkpoint left it"
     def __init__(self, net, data, r, opt, callbacks, seed, saver:Saver, noted:list[str]):
         self.net, self.data, self.r, self.opt, self.callbacks, self.seed, self.saver, self.noted = net, data, r, opt, callbacks, seed, saver, noted
-        self.place = saver.load()
+        self.place, self.forward = saver.load(), torch.compile(net, mode=r.compile) if r.compile else net
         self.meter = Meter(data.train.labels.device)
 
     @property
@@ -185,7 +186,7 @@ class _Training:
         "On the epoch under way, earlier tries included"
         return Cost(**self.place.spent) + self.meter.read()
 
-# %% ../../nbs/training/loop.ipynb #18980a8e
+# %% ../../nbs/training/loop.ipynb #38e97c5c
 @patch
 def run_epoch(self:_Training, epoch:int, part:range, report:Callable | None):
     "Train, look at the held-out images, book the row, save"
@@ -193,7 +194,7 @@ def run_epoch(self:_Training, epoch:int, part:range, report:Callable | None):
     if place.epoch != epoch: self.place = place = Place(rows=place.rows, epoch=epoch)
     def step_over():
         if self.noted or self.saver.due(): self._save_within(part)
-    seen = train_epoch(self.net, self.data, self.r, self.opt, self.callbacks, self.seed, epoch, part, place, step_over)
+    seen = train_epoch(self.net, self.data, self.r, self.opt, self.callbacks, self.seed, epoch, part, place, step_over, self.forward)
     row = self._row(epoch, seen)
     self.place, self.meter = Place(rows=[*place.rows, row]), Meter(self.meter.device)
     if not isfinite(row["train_loss"]) or len(self.data.val) and not isfinite(row["val_loss"]):
