@@ -11,14 +11,13 @@ Three loops train the same network on as many images of CIFAR's shape (random on
 Rounds alternate between the three, medians and quartiles are compared. On a CPU each loop has one thread (ours always has), so the customary one with its worker has the
 larger share of two cores. `--machine` compares what a whole machine does: the customary loop with all threads against one process of ours per core.
 """
-import argparse, json, os, platform, sys
+import argparse, json, os, platform
 from datetime import date
 from multiprocessing import get_context
 from statistics import median, quantiles
 from time import perf_counter
 
 import torch
-from torch import nn
 from torch.nn import functional as F
 
 from rethink_nb.arch import zoo

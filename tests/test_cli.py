@@ -85,7 +85,6 @@ BAD = {
     "no parent": (["run", "l1", "--parent", "nowhere"], "parent nowhere: no such file or folder"),
     "parent is no network": (["run", "l1", "--parent", "afile"], "or a .safetensors file"),
     "parent is an empty folder": (["run", "l1", "--parent", "."], "arch.json"),
-    "root": (["run", "l1", "--root", "nowhere"], "root nowhere: no such folder"),
     "cifar is not there": (["run", "l1", "--data", "cifar10", "--arch", "resnet20"], "cifar-10-binary"),
 }
 

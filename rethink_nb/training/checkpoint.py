@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CHECKPOINTS', 'Place', 'before', 'save_checkpoint', 'load_checkpoint', 'Saver']
 
-# %% ../../nbs/training/checkpoint.ipynb #91a3720e
+# %% ../../nbs/training/checkpoint.ipynb #22280e41
 import hashlib, json, os, sys, time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,9 +17,8 @@ from torch import nn
 
 from ..core.events import Callback
 from ..core.files import write_bytes
-from .ledger import Cost
 
-# %% ../../nbs/training/checkpoint.ipynb #b08745c0
+# %% ../../nbs/training/checkpoint.ipynb #f7025f85
 @dataclass
 class Place:
     "Where a training is"
@@ -29,7 +28,7 @@ class Place:
     images: int = 0 # of it, so far
     steps: int = 0
     sums: dict[str, torch.Tensor] = field(default_factory=dict) # over it, so far
-    spent: dict = field(default_factory=dict) # on it, so far: a `Cost`
+    spent: dict = field(default_factory=dict) # on it, so far: the figures of a `training.ledger.Cost`
 
 # %% ../../nbs/training/checkpoint.ipynb #b2ea3c3e
 def _tensors(net:nn.Module, opt:torch.optim.Optimizer, callbacks:list[Callback], place:Place) -> dict[str, torch.Tensor]:

@@ -123,7 +123,7 @@ class Source:
 
 datasets = Registry("data set")
 
-# %% ../../nbs/training/data.ipynb #b6d27cbc
+# %% ../../nbs/training/data.ipynb #429aaa7e
 def load_data(
     name:str, # one of `datasets.names()`
     root:str|Path|None=None, # folder to look in first, and to download to
@@ -134,7 +134,6 @@ def load_data(
 ) -> Data: # on the CPU; see `Data.to`
     "A data set by name, split and checksummed"
     source = datasets.get(name)
-    if root is not None and not download and not Path(root).expanduser().is_dir(): raise UserError(f"root {root}: no such folder")
     train, test = source.read(root, download)
     held, rest = pick(train.labels, source.val if val is None else val, stream(seed, "val"), "val")
     val, train = train.take(held), train.take(rest)
