@@ -1,4 +1,5 @@
 "The store under two writers and under damage; a study killed at any point ends with the same numbers."
+from importlib import import_module
 import json, os, signal, subprocess, sys, time
 from pathlib import Path
 
@@ -113,7 +114,7 @@ def test_the_rig_sees_a_difference_that_is_there(tmp_path):
 def test_test_images_are_read_once(monkeypatch):
     from rethink_nb.arch import zoo
     from rethink_nb.training import load_data, loop, recipe
-    import rethink_nb.training.scores as scores # the face has a function of that name
+    scores = import_module("rethink_nb.training.scores") # the face has a function of that name
     data, seen = load_data("digits"), []
     plain = scores.logits_of
     def look(net, split, *a, **k): return seen.append(len(split)) or plain(net, split, *a, **k)
