@@ -95,3 +95,35 @@ def test_a_family_in_a_worker(tmp_path):
     load = "from rethink_nb.methods import load_plugin; load_plugin('allconv.py')"
     assert "done done" in said(child("python", "-c", SCRIPT.format(load=load, method="slimming", arch="allconv4"), cwd=tmp_path), 0)
     assert "allconv4" in said(child("rethink-nb", "archs", "--plugin", "allconv.py", cwd=tmp_path), 0)
+
+
+DATA = '''from rethink_nb.training.data import datasets
+from rethink_nb.training.folders import image_folder
+datasets.register("three", image_folder("{path}", size=8, channels=1, pad=0, flip=False))
+'''
+
+
+def test_a_data_set_of_ones_own(tmp_path):
+    "A folder of images, named in a file: worker processes and the notebook's kernel know it, and the printed command names the file"
+    from PIL import Image
+
+    from rethink_nb.training.data import read_digits
+    images = read_digits()[0]
+    for i in range(400):
+        if (label := int(images.labels[i])) < 3:
+            (tmp_path/"images"/str(label)).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(images.images[i, 0].numpy()).save(tmp_path/"images"/str(label)/f"{i}.png")
+    (tmp_path/"mine.py").write_text(DATA.format(path=tmp_path/"images"))
+    run = ["run", "l1", "--data", "three", "--seeds", "1", "--epochs", "1", "--ratio", "0.5", "--recipe", "digits"]
+    text = said(child("rethink-nb", *run, "--plugin", "mine.py", cwd=tmp_path), 0)
+    assert "on three (all training images)" in text
+    assert f"--plugin {tmp_path/'mine.py'}" in next(tmp_path.glob("*.html")).read_text()
+    assert "unknown data set 'three'" in said(child("rethink-nb", *run, cwd=tmp_path), 2)
+    assert "three has no recipe of its own: name one by recipe_name=" in said(child("rethink-nb", *run[:-2], "--plugin", "mine.py", cwd=tmp_path), 2)
+
+
+def test_a_data_set_of_this_session_alone_is_refused(tmp_path):
+    code = ("from rethink_nb.study import Store, Study\nfrom rethink_nb.training.data import datasets\ndatasets.register('mine', datasets.get('digits'))\n"
+            "try: Study(data='mine', arch='vgg-digits', ratios=[.5], seeds=1, epochs=1, recipe_name='digits').run(Store('runs'), device='cpu')\nexcept ValueError as e: print('told:', e)")
+    assert "told: data set mine lives in this session alone" in said(child("python", "-c", code, cwd=tmp_path), 0)
+    assert not list(tmp_path.glob("runs/*/record.json"))

@@ -1,6 +1,6 @@
 "The store under two writers and under damage; a study killed at any point ends with the same numbers."
-from importlib import import_module
 import json, os, signal, subprocess, sys, time
+from importlib import import_module
 from pathlib import Path
 
 import pandas as pd
@@ -71,8 +71,9 @@ def test_killed_and_called_again(tmp_path, unbroken):
     pd.testing.assert_frame_equal(numbers(tmp_path/name), numbers(unbroken/name), check_exact=True)
 
 
-def test_ctrl_c_stops_at_once(tmp_path):
-    "A long training is not waited for, no worker stays, the same command goes on"
+@pytest.mark.parametrize("sign,code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_asked_to_stop_it_saves_and_goes(sign, code, tmp_path):
+    "A long training is not waited for: its step is finished and saved, no worker stays, the same command goes on"
     long = [*SMALL[:-2], "--store", "runs"]
     long[long.index("--epochs") + 1] = "4000"
     # a test run in the background of a shell ignores SIGINT, and so would its children
@@ -80,9 +81,11 @@ def test_ctrl_c_stops_at_once(tmp_path):
     p = subprocess.Popen([Path(sys.executable).parent/"rethink-nb", *long], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
     end = time.time() + 60
     while not list(tmp_path.glob("runs/.work/*/checkpoint.safetensors")) and time.time() < end: time.sleep(.05)
-    p.send_signal(signal.SIGINT)
+    sent = time.time()
+    p.send_signal(sign)
     _, err = p.communicate(timeout=30)
-    assert p.returncode == 130 and "the same command goes on from here" in err and "Traceback" not in err
+    assert max(f.stat().st_mtime for f in tmp_path.glob("runs/.work/*/checkpoint.safetensors")) >= sent - .01
+    assert p.returncode == code and "the same command goes on from here" in err and "Traceback" not in err
     assert no_workers_left(tmp_path) and list(tmp_path.glob("runs/.work/*/checkpoint.safetensors"))
 
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FIGURES', 'Trial', 'stored_trials', 'setup_of', 'write_page_of', 'command']
 
-# %% ../../nbs/study/trial.ipynb #3b78c629
+# %% ../../nbs/study/trial.ipynb #9e592a02
 import shlex, sys
 from collections.abc import Iterable
 from functools import cached_property
@@ -14,7 +14,7 @@ from pathlib import Path
 from fastcore.basics import patch
 
 from ..core.errors import UserError
-from ..methods.plugins import plugin_of
+from ..methods.plugins import plugin_of, plugins_loaded
 from .cells import Cell, runs_of
 from .frames import classes_frame, cost_frame, curve_frame, spent_frame, trial_frame, widths_frame
 from .grid import USUAL, Study, comparisons, scales
@@ -22,6 +22,7 @@ from .pool import check_methods, load_all, n_workers, run_all
 from .run import adopt
 from .store import Store
 from ..training.arms import arm
+from ..training.data import shipped
 
 # %% ../../nbs/study/trial.ipynb #b877b8c8
 class Trial:
@@ -254,7 +255,7 @@ def commands(self:Trial) -> list[str]:
     "The commands that make these studies again"
     return [command(s, self.store) for s in self.studies]
 
-# %% ../../nbs/study/trial.ipynb #cef7fd08
+# %% ../../nbs/study/trial.ipynb #073ecf97
 def command(s:Study, store:Store) -> str:
     "The command that carries a study out"
     words = ["rethink-nb", "run", s.method, "--data", s.data, "--arch", s.arch, "--ratio", ",".join(map(str, s.ratios)), "--seeds", str(s.seeds), "--scale", s.scale, "--precision", s.precision]
@@ -264,7 +265,8 @@ def command(s:Study, store:Store) -> str:
     for k, default in (("width", 1.), ("alpha", .05), ("rounds", 1), ("rewind", 0), ("cap", None), ("parent", "")): words += [f"--{k}", str(getattr(s, k))] if getattr(s, k) != default else []
     words += ["--recipe", s.recipe_name] if s.recipe_name else []
     words += ["--reference"] if s.reference else []
-    words += ["--plugin", str(file)] if (file := plugin_of(s.method)) else []
+    files = [*filter(None, [plugin_of(s.method)]), *(plugins_loaded() if s.data not in shipped else [])]
+    for file in dict.fromkeys(files): words += ["--plugin", str(file)]
     return shlex.join([*words, "--store", str(store.path)])
 
 # %% ../../nbs/study/trial.ipynb #684b4295
