@@ -209,7 +209,7 @@ def test_a_compiled_training_learns_the_same(data):
 def test_no_compiler_is_told_in_one_line(tmp_path):
     done = child("python", "-c", "from rethink_nb import training as T\nfrom rethink_nb.arch import zoo\n"
                  "try: T.train(zoo.arch('vgg-digits').build(), T.load_data('digits'), T.recipe('digits', epochs=1, compile='default'), device='cpu')\n"
-                 "except T.UserError as e: print('told:', e)", cwd=tmp_path, env=dict(CXX=str(tmp_path/"nothing"), TORCHINDUCTOR_CACHE_DIR=str(tmp_path/"cache")))
+                 "except ValueError as e: print('told:', e)", cwd=tmp_path, CXX=str(tmp_path/"nothing"), TORCHINDUCTOR_CACHE_DIR=str(tmp_path/"cache"))
     assert done.stdout.startswith("told: compile 'default' does not work here"), done.stderr
 
 
@@ -268,3 +268,52 @@ def test_the_reference_mode_holds_nothing_out(tmp_path):
     record = execute(s.parent_run(0), Store(tmp_path/"runs"), device="cpu")
     assert record["cost"]["images"] == 2*1200 and record["metrics"]["best_test_acc"] >= record["metrics"]["test_acc"]
     assert s.network == "vgg-digits, 2 epochs, as the reference"
+
+
+# On a GPU -------------------------------------------------------------------------------------------------------------------------
+
+on_gpu = lambda f: pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")(f))
+
+
+@on_gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_gpu_same_seed_same_bits(data, precision):
+    nets = [zoo.arch("resnet8-digits").build(seed=1) for _ in range(2)]
+    a, b = (T.train(n, data, RECIPE.replace(epochs=2, precision=precision), callbacks("slimming", strength=.01), seed=1, device="cuda") for n in nets)
+    assert same_tensors(nets[0].state_dict(), nets[1].state_dict()) and a.final == b.final
+
+
+@on_gpu
+def test_gpu_waits_for_nobody_within_an_epoch(data):
+    "Between two steps the host asks nothing of the device: torch raises where it does"
+    from rethink_nb.training.loop import optimiser, train_epoch
+    d = replace(data, pad=2, flip=True).to("cuda")
+    net = zoo.arch("resnet8-digits").build(seed=1).to("cuda", memory_format=torch.channels_last)
+    opt, r = optimiser(net, RECIPE), RECIPE.replace(precision="bf16")
+    train_epoch(net, d, r, opt, (), 0, 1, range(3))
+    at = []
+    def watch():
+        at.append(0)
+        torch.cuda.set_sync_debug_mode("error" if len(at) < 9 else "default") # from the second step on to the last but one
+    try: train_epoch(net, d, r, opt, (), 0, 2, range(10), step_over=watch)
+    finally: torch.cuda.set_sync_debug_mode("default")
+
+
+@on_gpu
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_gpu_compiled(data, mode):
+    nets = [ARCH.build(seed=1) for _ in range(2)]
+    eager, compiled = (T.train(n, data, RECIPE.replace(epochs=2, compile=c), seed=1, device="cuda") for n, c in zip(nets, ("", mode)))
+    assert [abs(a["train_loss"] - b["train_loss"]) < .05 for a, b in zip(eager.rows, compiled.rows)] == [True, True]
+
+
+@on_gpu
+def test_gpu_masks_and_checkpoints(data, tmp_path):
+    from rethink_nb.methods import prune
+    p, at = prune("magnitude", ARCH.build(seed=1), .5), tmp_path/"checkpoint.safetensors"
+    def stop(row): raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): T.train(p.net, data, RECIPE.replace(epochs=2), p.callbacks(), seed=1, device="cuda", checkpoint=at, report=stop)
+    nets = [prune("magnitude", ARCH.build(seed=1), .5) for _ in range(2)]
+    for q, where in zip(nets, (at, None)): T.train(q.net, data, RECIPE.replace(epochs=2), q.callbacks(), seed=1, device="cuda", checkpoint=where)
+    assert same_tensors(nets[0].net.state_dict(), nets[1].net.state_dict())
+    assert all((w[~p.masks[n].to(w.device)] == 0).all() for n, w in nets[0].net.named_parameters() if n in p.masks)

@@ -16,10 +16,10 @@ class Stopped(KeyboardInterrupt):
         "What IPython shows in the place of a traceback"
         return [f"{type(self).__name__}: {self}"]
 
-# %% ../../nbs/core/signals.ipynb #05f3bd8d
+# %% ../../nbs/core/signals.ipynb #377b0b29
 @contextmanager
 def postponed():
-    "Within, SIGINT and SIGTERM are noted in the list that is handed over; where a signal is ignored, or outside the main thread, all stays as it is"
+    "Within, SIGINT and SIGTERM are noted in the list that is handed over, and sent again at the end if nothing was raised; where a signal is ignored, or outside the main thread, all stays as it is"
     noted, before = [], {}
     def note(number, frame):
         if noted: raise KeyboardInterrupt
@@ -28,9 +28,11 @@ def postponed():
         before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
         for s, was in before.items():
             if was is not signal.SIG_IGN: signal.signal(s, note)
-    try: yield noted
+    try:
+        yield noted
     finally:
         for s, was in before.items(): signal.signal(s, was)
+    if noted: signal.raise_signal(signal.Signals[noted[0]]) # nothing was raised within
 
 # %% ../../nbs/core/signals.ipynb #2442656c
 @contextmanager

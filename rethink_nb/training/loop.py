@@ -61,7 +61,7 @@ def _new_sums(device:torch.device) -> dict[str, torch.Tensor]:
     "Loss times images, and images that were right"
     return dict(loss=torch.zeros((), device=device), right=torch.zeros((), device=device, dtype=torch.long))
 
-# %% ../../nbs/training/loop.ipynb #91670d35
+# %% ../../nbs/training/loop.ipynb #040dca78
 def train_epoch(
     net:nn.Module,
     data:Data, # on the network's device
@@ -80,7 +80,7 @@ def train_epoch(
     device, place = data.train.labels.device, place or Place()
     order, moves = _epoch_draws(data, r, seed, epoch)
     place.sums = {k: v.to(device) for k, v in place.sums.items()} or _new_sums(device)
-    parts, forward = batches(len(order), r.batch), forward or net
+    parts, forward = batches(len(order), r.batch), net if forward is None else forward
     for i in range(max(part.start, place.batch), part.stop):
         at, lr = parts[i], r.lr_at(epoch, i/len(parts))
         x, y = batch(data.train.images, order[at], data, moves and [m[at] for m in moves]), data.train.labels[order[at]]
@@ -203,7 +203,7 @@ def run_epoch(self:_Training, epoch:int, part:range, report:Callable | None):
     if report: report(row)
     if self.noted: raise Stopped(self._where(epoch, ""))
 
-# %% ../../nbs/training/loop.ipynb #08960c41
+# %% ../../nbs/training/loop.ipynb #08017bab
 @patch
 def _save_within(self:_Training, part:range):
     "A checkpoint in the middle of an epoch, and the end if that was asked for; after its last step the epoch is finished first"
@@ -213,6 +213,7 @@ def _save_within(self:_Training, part:range):
     self.saver.save(place)
     if self.noted: raise Stopped(self._where(place.epoch, f" after step {place.batch:,} of {part.stop:,}"))
 
+# %% ../../nbs/training/loop.ipynb #b1c0bf4e
 @patch
 def _where(self:_Training, epoch:int, step:str) -> str:
     "Where it was stopped, and what that means"
