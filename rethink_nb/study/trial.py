@@ -121,6 +121,13 @@ def table(self:Trial):
     from rethink_nb.report.tables import trial_table
     return trial_table(self.frame(), self.alpha)
 
+# %% ../../nbs/study/trial.ipynb #4c3b737e
+@patch
+def beyond(self:Trial):
+    "Top-5, calibration and agreement with the parent of every arm"
+    from rethink_nb.report.tables import beyond_table
+    return beyond_table(self.frame())
+
 # %% ../../nbs/study/trial.ipynb #4e197be7
 @patch
 def verdicts(self:Trial):
@@ -217,7 +224,7 @@ def drawn(self:Trial, kind:str):
     try: return self.figure(kind)
     except UserError as e: return str(e)
 
-# %% ../../nbs/study/trial.ipynb #4b17a43a
+# %% ../../nbs/study/trial.ipynb #7d7f31f2
 @patch
 def sections(self:Trial) -> list[tuple]:
     "Headings and bodies of its page"
@@ -228,7 +235,7 @@ def sections(self:Trial) -> list[tuple]:
            "verdict: equivalent where the whole interval of the difference lies within the margin, better or worse where it does not and excludes 0, else undecided; "
            "n=3 pairs: both arms of a pair hang on one parent; n=3+3: they do not"]
     return [("What was run", [*self.setup(), self.caution()]), ("How to read this", how), ("Verdicts", self.statements()), ("Accuracy of every arm", self.drawn("arms")),
-            ("Every arm", [shown(self.table()), *filter(None, [self.unfinished()])]), ("Accuracy over training", self.drawn("curves")),
+            ("Every arm", [shown(self.table()), *filter(None, [self.unfinished()])]), ("Beyond accuracy", self.beyond()), ("Accuracy over training", self.drawn("curves")),
             ("Accuracy against what it cost from nothing", self.drawn("cost")), *(("Channels kept" if k == "widths" else "Weights kept", self.drawn(k)) for k in self.kept_figures()),
             ("Smaller and masked network", str(self.exactness())), ("How to make it again", self.commands())]
 

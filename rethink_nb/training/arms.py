@@ -5,17 +5,18 @@
 # %% auto #0
 __all__ = ['arms', 'Arm', 'arm']
 
-# %% ../../nbs/training/arms.ipynb #b239a419
+# %% ../../nbs/training/arms.ipynb #f417e414
 import re
 from dataclasses import dataclass, replace
+from math import floor
 
 from fastcore.basics import patch
 
 from ..core.errors import UserError
 from ..core.registry import Registry
-from .recipe import SCHEDULES, Recipe, quarter, reshaped, scratch_b
+from .recipe import SCHEDULES, Recipe, reshaped, scratch_b
 
-# %% ../../nbs/training/arms.ipynb #355035cf
+# %% ../../nbs/training/arms.ipynb #23affd67
 @dataclass(frozen=True)
 class Arm:
     "One arm of a trial"
@@ -24,7 +25,8 @@ class Arm:
     start: str # "none": the unpruned architecture, fresh; "fresh": the pruned architecture, fresh; "method": the pruned network; else a control method's name
     trained: str = "" # "whole": as the parent is; "short": as after pruning; "": not at all
     schedule: str = "large" # one of `SCHEDULES`
-    epochs: int | None = None # of retraining, or of a training from scratch; None: a quarter of the parent's, or all
+    epochs: int | None = None # of retraining, or of a training from scratch; None: a part of the parent's, or all
+    part: float = .25 # of the parent's epochs that retraining takes where `epochs` says nothing (40 of 160 in the reference)
     stretched: bool = False # as many times longer as the pruned network is cheaper
     total: bool = False # the epochs of retraining on top: as many in total as the parent and its retraining together
     early: bool = False # from a parent that was trained for fewer epochs, by those of retraining
@@ -37,11 +39,11 @@ class Arm:
         "Whether it starts from a trained parent's weights"
         return self.start not in ("none", "fresh")
 
-# %% ../../nbs/training/arms.ipynb #bad82b57
+# %% ../../nbs/training/arms.ipynb #ace741a7
 @patch
 def retraining(self:Arm, r:Recipe) -> int:
     "Epochs of retraining beside a parent with recipe `r`"
-    return self.epochs if self.epochs and (self.trained == "short" or self.total) else quarter(r)
+    return self.epochs if self.epochs and (self.trained == "short" or self.total) else max(1, floor(self.part*r.epochs))
 
 # %% ../../nbs/training/arms.ipynb #7d72cd32
 @patch
@@ -71,7 +73,7 @@ def extra(self:Arm, r:Recipe) -> int:
     "Epochs on top of those that are stretched"
     return self.retraining(r) if self.total else 0
 
-# %% ../../nbs/training/arms.ipynb #88bc1738
+# %% ../../nbs/training/arms.ipynb #8ab572de
 arms = Registry("arm")
 _INHERITED = ("channels", "weights")
 for _arm in (
@@ -79,8 +81,8 @@ for _arm in (
     Arm("pruned", "Pruned, not retrained", "method", suits=_INHERITED),
     Arm("fine-tune", "Fine-tuned as in the paper (short, constant 0.001)", "method", "short", "paper", suits=_INHERITED),
     Arm("fine-tune-large", "Fine-tuned at the parent's rate with its steps", "method", "short", suits=_INHERITED),
-    Arm("lr-rewind", "Learning-rate rewinding: trained weights, the last epochs of the parent's schedule", "method", "short", "lr-rewind", suits=_INHERITED),
-    Arm("weight-rewind", "Weight rewinding: the weights before the last epochs, and these epochs again", "method", "short", "lr-rewind", rewound=True, suits=_INHERITED),
+    Arm("lr-rewind", "Learning-rate rewinding: trained weights, the last epochs of the parent's schedule", "method", "short", "lr-rewind", part=.75, suits=_INHERITED),
+    Arm("weight-rewind", "Weight rewinding: the weights before the last epochs, and these epochs again", "method", "short", "lr-rewind", part=.75, rewound=True, suits=_INHERITED),
     Arm("scratch-e", "Scratch-E: random weights, the parent's epochs", "fresh", "whole"),
     Arm("scratch-b", "Scratch-B: random weights, the parent's compute", "fresh", "whole", stretched=True),
     Arm("scratch-e-total", "Scratch for as many epochs as parent and retraining together", "fresh", "whole", total=True, suits=_INHERITED),
@@ -93,7 +95,7 @@ for _arm in (
     Arm("random-ticket", "The ticket's architecture or masks with other random weights, trained like the ticket", "fresh", "whole", late=True, suits=("tickets",)),
 ): arms.register(_arm.name, _arm)
 
-# %% ../../nbs/training/arms.ipynb #c1658fb4
+# %% ../../nbs/training/arms.ipynb #413757ca
 _PLAIN = ("parent", "pruned", "ticket", "random-ticket")
 
 def arm(
@@ -104,11 +106,16 @@ def arm(
     found = re.fullmatch(r"([^@:]*)(?:@([^@:]*))?(?::(\d+))?", name)
     if not found: raise UserError(f"arm {name!r}: give name, name@schedule or name@schedule:epochs, such as fine-tune@one-cycle:40")
     a, schedule, epochs = arms.get(found[1]), found[2], found[3] and int(found[3])
-    if schedule is not None and schedule not in SCHEDULES: raise UserError(f"arm {name}: unknown schedule {schedule!r}: there are {', '.join(SCHEDULES)}")
-    if a.name in _PLAIN: raise UserError(f"arm {name}: {a.name} takes no schedule or length of its own")
-    if schedule == "lr-rewind" and not a.from_parent: raise UserError(f"arm {name}: lr-rewind is for trained weights; {a.name} starts from random ones")
-    if schedule == "lr-rewind" and a.stretched: raise UserError(f"arm {name}: the last epochs of a schedule cannot be stretched; take another schedule")
-    if a.rewound and schedule: raise UserError(f"arm {name}: {a.name} goes by the parent's own schedule")
-    if epochs == 0: raise UserError(f"arm {name}: give at least one epoch")
+    if why := _unfit(a, schedule, epochs): raise UserError(f"arm {name}: {why}")
     words = [w for w in (schedule and SCHEDULES[schedule], epochs and f"{epochs} epochs") if w]
     return replace(a, name=name, title=f"{a.title}; here: {', '.join(words)}", schedule=schedule or a.schedule, epochs=epochs or a.epochs)
+
+# %% ../../nbs/training/arms.ipynb #7f974a7d
+def _unfit(a:Arm, schedule:str | None, epochs:int | None) -> str:
+    "Why an arm cannot take a schedule or a length; empty where it can"
+    if schedule is not None and schedule not in SCHEDULES: return f"unknown schedule {schedule!r}: there are {', '.join(SCHEDULES)}"
+    if a.name in _PLAIN: return f"{a.name} takes no schedule or length of its own"
+    if schedule == "lr-rewind" and not a.from_parent: return f"lr-rewind is for trained weights; {a.name} starts from random ones"
+    if schedule == "lr-rewind" and a.stretched: return "the last epochs of a schedule cannot be stretched; take another schedule"
+    if a.rewound and schedule: return f"{a.name} goes by the parent's own schedule"
+    return "give at least one epoch" if epochs == 0 else ""

@@ -113,8 +113,8 @@ def _enter(names:str, source:str, differs:str="", **numbers):
         recipes.register(name, Recipe(**numbers))
         origins[name] = Origin(source, differs)
 
-# %% ../../nbs/training/recipe.ipynb #fd436c44
-_TEST = "validation images are held out and the test images read once, unless a study says reference=True"
+# %% ../../nbs/training/recipe.ipynb #ba93886f
+_TEST = "images are held out, the test images read once"
 
 _enter("cifar", "cifar/l1-norm-pruning/main.py", _TEST,
     epochs=160, # default of --epochs
