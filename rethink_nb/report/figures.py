@@ -17,18 +17,31 @@ from ..core.errors import UserError
 from .stats import done, spread_parents, summary
 from .tables import arm_order
 
-# %% ../../nbs/report/figures.ipynb #609ac991
+# %% ../../nbs/report/figures.ipynb #025a4597
 _looks = {"parent": ("#000000", "star"), "pruned": ("#8c8c8c", "x"), "fine-tune": ("#E69F00", "circle"),
           "fine-tune-large": ("#D55E00", "square"), "scratch-e": ("#56B4E9", "diamond"), "scratch-b": ("#0072B2", "triangle-up"),
-          "random-channels": ("#CC79A7", "triangle-down"),
+          "lr-rewind": ("#009E73", "hexagon"), "weight-rewind": ("#00593F", "hexagon2"), "pipeline-e": ("#B58900", "cross"), "pipeline-b": ("#7A3B00", "hourglass"),
+          "scratch-e-total": ("#3A6EA5", "diamond-tall"), "scratch-b-total": ("#00355C", "triangle-left"), "random-channels": ("#CC79A7", "triangle-down"),
           "shuffled-mask": ("#CC79A7", "triangle-down"), "ticket": ("#E69F00", "circle"), "random-ticket": ("#56B4E9", "diamond")}  # never beside their like
-_later = ("#009E73", "pentagon")  # shared by arms that came later
+_later = ("#66A61E", "pentagon")  # shared by arms that came later
 
-# %% ../../nbs/report/figures.ipynb #7f3c49ae
+# %% ../../nbs/report/figures.ipynb #84994eb5
 def arm_looks(arms):
-    "The colour and the marker of each arm, as the two maps that plotly express asks for"
-    looks = {arm: _looks.get(arm, _later) for arm in arms}
+    "The colour and the marker of each arm, as the two maps that plotly express asks for; arms with a schedule or a length of their own are shades of the arm they are made of"
+    families = {}
+    for arm in arms: families.setdefault(arm.split("@")[0].split(":")[0], []).append(arm)
+    looks = {arm: _shade(*_looks.get(base, _later), k) for base, own in families.items() for k, arm in enumerate(sorted(own, key=lambda a: a != base), base not in own)}
     return {arm: c for arm, (c, _) in looks.items()}, {arm: m for arm, (_, m) in looks.items()}
+
+# %% ../../nbs/report/figures.ipynb #af59aba4
+_marks = ("", "-open", "-dot", "-open-dot")
+
+def _shade(color, marker, k):
+    "The k-th shade of a look: itself, darker, lighter, darker still ..."
+    if not k: return color, marker
+    part, to = .3 + .2*((k - 1)//2), 0 if k % 2 else 255
+    mixed = [round(int(color[i:i + 2], 16)*(1 - part) + to*part) for i in (1, 3, 5)]
+    return "#" + "".join(f"{v:02X}" for v in mixed), marker + _marks[k % 4]
 
 # %% ../../nbs/report/figures.ipynb #1428afb3
 _axis = dict(gridcolor="#ebebeb", linecolor="#888", showline=True, zeroline=False, ticks="outside", automargin=True, exponentformat="SI")

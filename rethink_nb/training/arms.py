@@ -16,12 +16,12 @@ from ..core.errors import UserError
 from ..core.registry import Registry
 from .recipe import SCHEDULES, Recipe, reshaped, scratch_b
 
-# %% ../../nbs/training/arms.ipynb #23affd67
+# %% ../../nbs/training/arms.ipynb #1b38cb3e
 @dataclass(frozen=True)
 class Arm:
     "One arm of a trial"
     name: str
-    title: str # for people
+    what: str # for people, without its schedule
     start: str # "none": the unpruned architecture, fresh; "fresh": the pruned architecture, fresh; "method": the pruned network; else a control method's name
     trained: str = "" # "whole": as the parent is; "short": as after pruning; "": not at all
     schedule: str = "large" # one of `SCHEDULES`
@@ -34,6 +34,12 @@ class Arm:
     late: bool = False # its training leaves out the steps before the one that a ticket goes back to
     suits: tuple[str, ...] = ("channels", "weights", "tickets") # what is pruned: channels, single weights, or either with a return to the start
 
+    @property
+    def title(self) -> str:
+        "What it is, for people"
+        told = (self.trained == "short" and not self.rewound) or self.schedule != "large"
+        words = [SCHEDULES[self.schedule] if told and not self.rewound else "", f"{self.epochs} epochs" if self.epochs else ""]
+        return self.what + (f" ({', '.join(filter(None, words))})" if any(words) else "")
     @property
     def from_parent(self) -> bool:
         "Whether it starts from a trained parent's weights"
@@ -73,15 +79,15 @@ def extra(self:Arm, r:Recipe) -> int:
     "Epochs on top of those that are stretched"
     return self.retraining(r) if self.total else 0
 
-# %% ../../nbs/training/arms.ipynb #8ab572de
+# %% ../../nbs/training/arms.ipynb #d685e662
 arms = Registry("arm")
 _INHERITED = ("channels", "weights")
 for _arm in (
     Arm("parent", "Parent, unpruned", "none", "whole"),
     Arm("pruned", "Pruned, not retrained", "method", suits=_INHERITED),
-    Arm("fine-tune", "Fine-tuned as in the paper (short, constant 0.001)", "method", "short", "paper", suits=_INHERITED),
-    Arm("fine-tune-large", "Fine-tuned at the parent's rate with its steps", "method", "short", suits=_INHERITED),
-    Arm("lr-rewind", "Learning-rate rewinding: trained weights, the last epochs of the parent's schedule", "method", "short", "lr-rewind", part=.75, suits=_INHERITED),
+    Arm("fine-tune", "Fine-tuned", "method", "short", "paper", suits=_INHERITED),
+    Arm("fine-tune-large", "Fine-tuned", "method", "short", suits=_INHERITED),
+    Arm("lr-rewind", "Learning-rate rewinding of the pruned network", "method", "short", "lr-rewind", part=.75, suits=_INHERITED),
     Arm("weight-rewind", "Weight rewinding: the weights before the last epochs, and these epochs again", "method", "short", "lr-rewind", part=.75, rewound=True, suits=_INHERITED),
     Arm("scratch-e", "Scratch-E: random weights, the parent's epochs", "fresh", "whole"),
     Arm("scratch-b", "Scratch-B: random weights, the parent's compute", "fresh", "whole", stretched=True),
@@ -89,13 +95,13 @@ for _arm in (
     Arm("scratch-b-total", "Scratch for as much compute as parent and retraining together", "fresh", "whole", stretched=True, total=True, suits=_INHERITED),
     Arm("pipeline-e", "A shorter parent, pruned and retrained: Scratch-E's epochs together", "method", "short", early=True, suits=_INHERITED),
     Arm("pipeline-b", "A shorter parent, pruned and retrained: Scratch-B's compute together", "method", "short", early=True, stretched=True, suits=_INHERITED),
-    Arm("random-channels", "Random channels of the same widths, fine-tuned as in the paper", "random-channels", "short", "paper", suits=("channels",)),
-    Arm("shuffled-mask", "As many weights of each layer at random places, fine-tuned as in the paper", "shuffled-mask", "short", "paper", suits=("weights",)),
+    Arm("random-channels", "Random channels of the same widths, fine-tuned", "random-channels", "short", "paper", suits=("channels",)),
+    Arm("shuffled-mask", "As many weights of each layer at random places, fine-tuned", "shuffled-mask", "short", "paper", suits=("weights",)),
     Arm("ticket", "Winning ticket: the weights of the start, trained as the parent was from there", "method", "whole", late=True, suits=("tickets",)),
     Arm("random-ticket", "The ticket's architecture or masks with other random weights, trained like the ticket", "fresh", "whole", late=True, suits=("tickets",)),
 ): arms.register(_arm.name, _arm)
 
-# %% ../../nbs/training/arms.ipynb #413757ca
+# %% ../../nbs/training/arms.ipynb #91d572c0
 _PLAIN = ("parent", "pruned", "ticket", "random-ticket")
 
 def arm(
@@ -107,8 +113,7 @@ def arm(
     if not found: raise UserError(f"arm {name!r}: give name, name@schedule or name@schedule:epochs, such as fine-tune@one-cycle:40")
     a, schedule, epochs = arms.get(found[1]), found[2], found[3] and int(found[3])
     if why := _unfit(a, schedule, epochs): raise UserError(f"arm {name}: {why}")
-    words = [w for w in (schedule and SCHEDULES[schedule], epochs and f"{epochs} epochs") if w]
-    return replace(a, name=name, title=f"{a.title}; here: {', '.join(words)}", schedule=schedule or a.schedule, epochs=epochs or a.epochs)
+    return replace(a, name=name, schedule=schedule or a.schedule, epochs=epochs or a.epochs)
 
 # %% ../../nbs/training/arms.ipynb #7f974a7d
 def _unfit(a:Arm, schedule:str | None, epochs:int | None) -> str:
