@@ -165,11 +165,12 @@ def _source(source:str) -> tuple:
     if not (folder/"record.json").is_file(): return load(folder), f"the network in {folder}"
     return Store(folder.parent).network(folder.name), f"the network of run {folder.name}"
 
-# %% ../nbs/cli.ipynb #bff322b2
+# %% ../nbs/cli.ipynb #400b3194
 def _trial(studies:list, out:Path, store, root, device, workers, method:str, stem:str):
     "Run what is missing, execute the notebook, write page and table; print the answer"
     from rethink_nb.core.files import write_text
     from rethink_nb.study.notebook import experiment_of, parameters, run_notebook
+    import rethink_nb.study.pages # noqa: F401 (gives a trial its words and its page)
     from rethink_nb.study.trial import Trial
     trial = Trial(studies, store)
     options = dict(workers=workers or None, device=device, root=root or None)
@@ -247,7 +248,7 @@ def demo(
     print(f"{time.time() - began:.0f} s")
     return code
 
-# %% ../nbs/cli.ipynb #5baa226e
+# %% ../nbs/cli.ipynb #08a580bf
 @command
 @call_parse
 def report(
@@ -256,7 +257,8 @@ def report(
 ):
     "Write the page of all studies in a store, and print their answer"
     from rethink_nb.study.store import Store
-    from rethink_nb.study.trial import stored_trials, write_page_of
+    from rethink_nb.study.pages import write_page_of
+    from rethink_nb.study.trial import stored_trials
     if not Path(store).is_dir(): raise UserError(f"store {store}: no such folder")
     if out and not out.endswith(".html"): raise UserError(f"out {out}: give a file name that ends in .html")
     trials = stored_trials(Store(store))
