@@ -165,7 +165,7 @@ def _source(source:str) -> tuple:
     if not (folder/"record.json").is_file(): return load(folder), f"the network in {folder}"
     return Store(folder.parent).network(folder.name), f"the network of run {folder.name}"
 
-# %% ../nbs/cli.ipynb #400b3194
+# %% ../nbs/cli.ipynb #af43f307
 def _trial(studies:list, out:Path, store, root, device, workers, method:str, stem:str):
     "Run what is missing, execute the notebook, write page and table; print the answer"
     from rethink_nb.core.files import write_text
@@ -182,7 +182,7 @@ def _trial(studies:list, out:Path, store, root, device, workers, method:str, ste
     own = dict(method=method) if "method" in parameters(experiment) else {}
     notebook = run_notebook(experiment, out/f"{stem}.ipynb", **own, data=s.data, archs=" ".join(x.arch for x in studies), ratios=list(s.ratios), seeds=s.seeds, scale=s.scale,
                             epochs=s.epochs or 0, subset=s.subset or 0, width=s.width, precision=s.precision, margin=s.margin or 0., alpha=s.alpha,
-                            options=s.options, rounds=s.rounds, rewind=s.rewind, cap=s.cap or 0., arms=" ".join(s.arms), recipe=s.recipe_name, training=s.training, reference=s.reference,
+                            options=s.options, rounds=s.rounds, rewind=s.rewind, cap=s.cap or 0., arms=" ".join(s.arms), recipe=s.recipe_name, training={k: list(v) if isinstance(v, tuple) else v for k, v in s.training.items()}, reference=s.reference,
                             parent=str(Path(s.parent).resolve()) if s.parent else "",
                             store=str(trial.store.path.resolve()), root=root or "", device=device, workers=workers or 0)
     page = trial.page(out/f"{stem}.html")

@@ -122,6 +122,27 @@ def test_a_data_set_of_ones_own(tmp_path):
     assert "three has no recipe of its own: name one by recipe_name=" in said(child("rethink-nb", *run[:-2], "--plugin", "mine.py", cwd=tmp_path), 2)
 
 
+def test_an_edited_data_set_takes_the_place_of_the_old_one_and_its_results_are_not_mixed(tmp_path, monkeypatch):
+    "Loaded again in one session; in a store, what was made of the old images is not gone on from"
+    from rethink_nb.methods import load_plugin, plugins
+    from rethink_nb.training.data import datasets, load_data
+    monkeypatch.setenv("RETHINK_NB_PLUGINS", "") # which `load_plugin` fills
+    monkeypatch.setattr(plugins, "_loaded", dict(plugins._loaded))
+    source = "from dataclasses import replace\nfrom rethink_nb.training.data import Split, datasets\ndef read(root=None, download=False):\n    return tuple(Split(s.images, (s.labels + {shift})%10) for s in datasets.get('digits').read())\ndatasets.register('shifted', replace(datasets.get('digits'), read=read))\n"
+    file, before = tmp_path/"mine.py", dict(datasets.items)
+    file.write_text(source.format(shift=0))
+    try:
+        assert load_plugin(file) == []
+        old = load_data("shifted")
+        run = ["run", "l1", "--data", "shifted", "--seeds", "1", "--epochs", "1", "--ratio", "0.5", "--recipe", "digits", "--plugin", "mine.py", "--arms"]
+        said(child("rethink-nb", *run, "parent,pruned", cwd=tmp_path), 0)
+        file.write_text(source.format(shift=1))
+        load_plugin(file)
+        assert load_data("shifted").checksum != old.checksum
+    finally: datasets.items.clear(), datasets.items.update(before)
+    assert "shifted has changed since run" in said(child("rethink-nb", *run, "parent,pruned,fine-tune", cwd=tmp_path), 2)
+
+
 def test_a_data_set_of_this_session_alone_is_refused(tmp_path):
     code = ("from rethink_nb.study import Store, Study\nfrom rethink_nb.training.data import datasets\ndatasets.register('mine', datasets.get('digits'))\n"
             "try: Study(data='mine', arch='vgg-digits', ratios=[.5], seeds=1, epochs=1, recipe_name='digits').run(Store('runs'), device='cpu')\nexcept ValueError as e: print('told:', e)")

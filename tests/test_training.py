@@ -229,6 +229,22 @@ def test_a_diverged_run_is_kept_and_counted(tmp_path):
     assert store.record(record["id"])["written"] == written and "diverged" in said.getvalue() # told again, not tried again
 
 
+def test_a_study_in_which_all_diverges_is_told(tmp_path):
+    "With a loss that is a number, too; its page and its table count the runs, and another study of the store keeps its own"
+    good = Study(data="digits", arch="vgg-digits", ratios=[.5], seeds=1, epochs=1, arms=["parent", "scratch-e"])
+    good.run(Store(tmp_path/"runs"), workers=1, device="cpu", progress=False)
+    done = child("rethink-nb", "run", "l1", "--ratio", "0.5", "--seeds", "2", "--epochs", "1", "--scale", "pocket", "--arms", "parent,scratch-e", "--training", "lr=100,milestones=0.5+0.75", cwd=tmp_path)
+    assert done.returncode == 1 and "0 (2 diverged)" in done.stdout and "4 of 4 cells have no result: 4 diverged" in done.stdout, done.output
+    assert child("rethink-nb", "report", "--store", "runs", cwd=tmp_path).returncode == 0
+    text = (tmp_path/"report.html").read_text()
+    assert "0 (2 diverged)" in text and "scratch-e" in text
+
+
+def test_a_reference_run_that_diverges_is_no_error(tmp_path):
+    s = Study(data="digits", arch="vgg-digits", ratios=[.5], seeds=1, epochs=1, arms=["parent"], reference=True, training=dict(batch=400, lr=1e30))
+    assert execute(s.parent_run(0), Store(tmp_path/"runs"), device="cpu")["status"] == "diverged"
+
+
 # What it says ---------------------------------------------------------------------------------------------------------------------
 
 def test_evaluation_is_the_mean_over_images(data):

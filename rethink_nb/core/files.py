@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['write_bytes', 'write_text', 'folder']
 
-# %% ../../nbs/core/files.ipynb #a11e55f4
-import os
+# %% ../../nbs/core/files.ipynb #0ae3a2f1
+import errno, os
 from pathlib import Path
 
 from .errors import UserError
 
-# %% ../../nbs/core/files.ipynb #11eff26b
+# %% ../../nbs/core/files.ipynb #a360b7c6
 def write_bytes(
     path, # where the file shall stand; its folder is made
     data:bytes, # all of its content
@@ -24,6 +24,9 @@ def write_bytes(
     try:
         part.write_bytes(data)
         os.replace(part, path)
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG): raise
+        raise OSError(e.errno, f"{e.strerror}: make room and run it again", str(path)) from None
     finally: part.unlink(missing_ok=True)
     return path
 

@@ -5,30 +5,32 @@
 # %% auto #0
 __all__ = ['GROUP', 'load_plugin', 'plugins_loaded', 'plugin_of', 'load_entry_point', 'load_all_plugins', 'known_to_workers']
 
-# %% ../../nbs/methods/plugins.ipynb #5b6e6045
+# %% ../../nbs/methods/plugins.ipynb #205df756
 import hashlib, os, sys, warnings
 from importlib.metadata import entry_points
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 from ..core.errors import UserError
+from ..core.registry import Registry, registries
 from .base import Method, methods, register
 
-# %% ../../nbs/methods/plugins.ipynb #257139da
-_loaded:dict[Path, tuple[str, list[str]]] = {} # SHA-256 of each file that was run, and the methods that it registered
+# %% ../../nbs/methods/plugins.ipynb #1e49f16e
+_loaded:dict[Path, tuple[str, list[str], list[tuple[Registry, str]]]] = {} # SHA-256 of each file that was run, the methods that it registered, and all that it registered
 
 def _run(path:Path):
     "Run a plugin unless this very file was run before"
-    digest, (was, names) = hashlib.sha256(path.read_bytes()).hexdigest(), _loaded.get(path, ("", []))
+    digest, (was, _, own) = hashlib.sha256(path.read_bytes()).hexdigest(), _loaded.get(path, ("", [], []))
     if digest == was: return
-    before = dict(methods.items)
-    for n in names: methods.items.pop(n, None)
+    before = [(r, dict(r.items)) for r in registries]
+    for r, n in own: r.items.pop(n, None)
     try: _module(path)
     except BaseException as e:
-        methods.items.clear(), methods.items.update(before)
+        for r, items in before: r.items.clear(), r.items.update(items)
         if isinstance(e, (Exception, SystemExit)): raise UserError(f"plugin {path}{_line(e, path)}: {_said(e)}") from None
         raise
-    _loaded[path] = digest, [n for n, m in methods.items.items() if before.get(n) is not m]
+    new = [(r, n) for r, items in before for n, v in r.items.items() if items.get(n) is not v]
+    _loaded[path] = digest, [n for r, n in new if r is methods], new
 
 # %% ../../nbs/methods/plugins.ipynb #b6a3caca
 def _module(path:Path):
@@ -78,12 +80,12 @@ def plugins_loaded() -> list[Path]:
     "The files that worker processes load too"
     return list(_loaded)
 
-# %% ../../nbs/methods/plugins.ipynb #f62a57a8
+# %% ../../nbs/methods/plugins.ipynb #d0287391
 def plugin_of(
     name:str, # of a method
 ) -> Path | None: # None: not from a file
     "The file that a method was loaded from"
-    return next((path for path, (_, names) in _loaded.items() if name in names), None)
+    return next((path for path, (_, names, _) in _loaded.items() if name in names), None)
 
 # %% ../../nbs/methods/plugins.ipynb #793eab98
 GROUP = "rethink_nb.methods" # of entry points

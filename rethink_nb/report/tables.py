@@ -27,12 +27,12 @@ def arm_order(arms):
 _keys = ["data", "network", "method", "ratio", "arm"]
 _costs = ["params", "macs", "train_macs", "total_macs", "epochs"]
 
-# %% ../../nbs/report/tables.ipynb #daa19b8a
+# %% ../../nbs/report/tables.ipynb #49a087e8
 def trial_table(frame, # the trial frame
                 alpha=.05, # the interval covers 1-alpha
                ):
     "A row per network, method, ratio and arm, parent first: accuracy with its interval, size, costs (means over the runs), and how many runs have diverged or failed"
-    if done(frame).empty: raise UserError("no finished run to put into a table")
+    if not frame.status.isin(["done", "diverged", "failed"]).any(): raise UserError("no finished run to put into a table")
     costs = done(frame).groupby(_keys, sort=False)[_costs].mean().reset_index()
     table = summary(frame, _keys, alpha=alpha).merge(costs, on=_keys).merge(_lost(frame), on=_keys, how="outer")
     table = table.assign(n=table.n.fillna(0).astype(int))
@@ -78,12 +78,13 @@ def shown(table, # of `trial_table`
         "params": table.params.map(human), "MACs": table.macs.map(human), "train": table.train_macs.map(human),
         "from zero": table.total_macs.map(human), "epochs": table.epochs.map(lambda e: "-" if pd.isna(e) else f"{e:.3g}")})
 
-# %% ../../nbs/report/tables.ipynb #b77adb3a
+# %% ../../nbs/report/tables.ipynb #ba1dde92
 _BEYOND = {"test_top5": "top-5 %", "test_ece": "calibration error %", "agreement": "says what the parent says, %", "best_test_acc": "best on test % (as the reference; optimistic)"}
 
 def beyond_table(frame, # the trial frame
                 ):
     "Means of what is known besides accuracy, a row per network, method, ratio and arm, all text; what no run has is left out"
+    if done(frame).empty: return pd.DataFrame(columns=["network", "method", "removed", "arm"])
     known = [k for k in _BEYOND if k in frame and done(frame)[k].notna().any()]
     means = in_order(done(frame).groupby(_keys, sort=False)[known].mean().reset_index())
     names = {"network": means.network, "method": means.method, "removed": (100*means.ratio).map("{:.3g}%".format), "arm": means.arm}

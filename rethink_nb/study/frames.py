@@ -32,7 +32,7 @@ def trial_frame(cells:list[Cell], store:Store):
     from pandas import DataFrame
     return DataFrame([_row(c, store) for c in cells])
 
-# %% ../../nbs/study/frames.ipynb #70643b10
+# %% ../../nbs/study/frames.ipynb #8678a61d
 def _row(cell:Cell, store:Store) -> dict:
     line, cost = [store.record(r.id) or {} for r in cell.run.lineage()], lambda r: Cost(**(store.record(r.id) or {}).get("cost", {}))
     last, total, own, first = line[-1], sum(map(cost, history(cell.run)), Cost()), cost(cell.run), cell.run.lineage()[0]
@@ -42,7 +42,7 @@ def _row(cell:Cell, store:Store) -> dict:
     names = {k: getattr(cell, k) for k in ("data", "network", "method", "ratio", "arm", "seed")}
     return dict(**names, parent_seed=first.seed, run=cell.run.id, parent=first.id if len(line) > 1 else "", status=status,
                 **{k: last.get("metrics", {}).get(k, float("nan")) for k in ("test_acc", "test_loss", "test_top5", "test_ece", "best_test_acc", "val_acc", "val_loss")}, agreement=_agreement(cell, store),
-                epochs=last.get("epochs", cell.run.recipe.epochs if cell.run.recipe else 0), **_size(last),
+                epochs=last.get("epochs", cell.run.recipe.epochs if cell.run.kind == "train" else 0), **_size(last),
                 train_macs=own.macs, total_macs=total.macs, seconds=own.seconds, total_seconds=total.seconds, **exact)
 
 # %% ../../nbs/study/frames.ipynb #3acceee5
@@ -89,12 +89,12 @@ def _kept(s:Study, ratio:float, store:Store | None) -> list[tuple[str, int, int]
     if s.counts != {}: return [row for id in done for row in widths(store.arch(id))]
     return [(name.removesuffix(".weight"), int(m.sum()), m.numel()) for id in done for name, m in store.masks(id).items()]
 
-# %% ../../nbs/study/frames.ipynb #22724499
+# %% ../../nbs/study/frames.ipynb #d1d18be0
 def cost_frame(cells:list[Cell], store:Store):
     "One row an arm: its own cost by kind, its cost from zero, and its share of all, means over the seeds, as a DataFrame"
     from pandas import DataFrame
     cost = cache(lambda id: Cost(**(store.record(id) or {}).get("cost", {})))
-    cells = [c for c in cells if store.done(c.run)]
+    cells = [c for c in cells if store.ended(c.run)]
     users = Counter(r.id for c in cells for r in history(c.run))
     rows = [_cost_row(c, cost, users) for c in cells]
     keys = ["network", "method", "ratio", "arm"]

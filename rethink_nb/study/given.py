@@ -5,37 +5,48 @@
 # %% auto #0
 __all__ = ['given_net', 'weights_digest']
 
-# %% ../../nbs/study/given.ipynb #fedd3a41
+# %% ../../nbs/study/given.ipynb #23891460
 import hashlib
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from ..arch.spec import Arch
 from ..core.errors import UserError
+from ..core.record import read_json
 from ..surgery.saved import load, read_weights
 
-# %% ../../nbs/study/given.ipynb #e2c7e99c
+# %% ../../nbs/study/given.ipynb #e8454469
 def given_net(
     path:str|Path, # folder with arch.json and weights.safetensors, or a .safetensors file
     arch:Arch, # what it must be
 ) -> nn.Module:
     "The network at a path, refused where it is another one than the study's"
     at = Path(path).expanduser()
-    if at.is_dir(): net = load(at)
+    if at.is_dir(): net = load(at, _known_sum(at))
     elif not at.exists(): raise UserError(f"parent {path}: no such file or folder")
     elif at.suffix != ".safetensors": raise UserError(f"parent {path}: give a folder with arch.json and weights.safetensors, or a .safetensors file")
     else: net = _filled(at, arch)
+    for name, w in net.state_dict().items():
+        if w.is_floating_point() and w.dtype != torch.float32: raise UserError(f"parent {path}: {name} is {str(w.dtype).removeprefix('torch.')}; save it as float32")
+        if not w.isfinite().all(): raise UserError(f"parent {path}: {name} holds numbers that are not finite")
     if net.arch != arch: raise UserError(f"parent {path}: it is another network than the study's: {_difference(net.arch, arch)}")
     return net
 
-# %% ../../nbs/study/given.ipynb #f00350c5
+# %% ../../nbs/study/given.ipynb #8e0f1d2f
+def _known_sum(folder:Path) -> str | None:
+    "What the weights of a run's folder must add up to; None for other folders"
+    return read_json(folder/"record.json").get("weights_sha256") if (folder/"record.json").is_file() else None
+
+# %% ../../nbs/study/given.ipynb #773f56cb
 def _filled(path:Path, arch:Arch) -> nn.Module:
     "The architecture with the weights in a file"
     net, found = arch.blank(), read_weights(path)
     wanted = net.state_dict()
     for k in [*wanted, *found]:
         if k not in found or k not in wanted: raise UserError(f"parent {path}: {'has no' if k not in found else 'has a foreign'} tensor {k}; the names must be those of rethink_nb's network")
+        if found[k].is_floating_point() != wanted[k].is_floating_point(): raise UserError(f"parent {path}: tensor {k} is {str(found[k].dtype).removeprefix('torch.')}, where the network has {str(wanted[k].dtype).removeprefix('torch.')}")
         if found[k].shape != wanted[k].shape: raise UserError(f"parent {path}: tensor {k} is {'x'.join(map(str, found[k].shape))}, where the network has {'x'.join(map(str, wanted[k].shape))}")
     net.load_state_dict(found, assign=True)
     return net

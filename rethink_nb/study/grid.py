@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['scales', 'COMPARISONS', 'USUAL', 'Scale', 'comparisons', 'Study']
 
-# %% ../../nbs/study/grid.ipynb #132afc08
+# %% ../../nbs/study/grid.ipynb #248cd1b7
 from collections.abc import Iterable
 from dataclasses import dataclass
 from inspect import signature
+from pathlib import Path
 
 from fastcore.basics import patch
 from msgspec.structs import force_setattr
@@ -29,7 +30,7 @@ from ..training.device import best_precision, pick_device
 from ..training.recipe import Recipe, has_recipe, recipes
 from ..training.recipe import recipe as recipe_of
 
-# %% ../../nbs/study/grid.ipynb #0ab8cf82
+# %% ../../nbs/study/grid.ipynb #effeef38
 @dataclass(frozen=True)
 class Scale:
     "How much a study can say"
@@ -42,28 +43,28 @@ scales = {
     "paper": Scale(.3, "The paper's recipes."),
     "imagenet": Scale(.3, "The paper's recipes on ImageNet."),
 }
-_SCALE = {"digits": "smoke", "fashion-mnist": "pocket"}
+_SCALE = {"digits": "smoke", "fashion-mnist": "pocket", "cifar10": "paper", "cifar100": "paper"}
 COMPARISONS = (("scratch-e", "fine-tune"), ("scratch-b", "fine-tune"), ("scratch-e", "fine-tune-large"), ("scratch-b", "fine-tune-large"), ("scratch-b", "lr-rewind"), ("scratch-b", "weight-rewind"),
                ("scratch-e-total", "fine-tune-large"), ("scratch-b-total", "fine-tune-large"), ("scratch-e", "pipeline-e"), ("scratch-b", "pipeline-b"), ("random-channels", "fine-tune"),
                ("shuffled-mask", "fine-tune"), ("random-ticket", "ticket"), ("scratch-b", "ticket"), ("ticket", "parent"))
-_RETRAINED, _SCRATCH = ("fine-tune", "fine-tune-large"), ("scratch-e", "scratch-b")
+_SCRATCH = ("scratch-e", "scratch-b", "scratch-e-total", "scratch-b-total")
 USUAL = { # arms by what is pruned
     "channels": ("parent", "pruned", "fine-tune", "fine-tune-large", "scratch-e", "scratch-b", "random-channels"),
     "weights": ("parent", "pruned", "fine-tune", "fine-tune-large", "scratch-e", "scratch-b", "shuffled-mask"),
     "tickets": ("parent", "ticket", "random-ticket", "scratch-b"),
 }
 
-# %% ../../nbs/study/grid.ipynb #e447fcd0
+# %% ../../nbs/study/grid.ipynb #d13672c1
 def comparisons(
     names:Iterable[str], # arms of a study
 ) -> list[tuple[str, str]]:
     "Which arms are compared with which"
-    found = [arm(n) for n in names]
-    named = lambda bases: [a for a in found if a.name.split("@")[0].split(":")[0] in bases]
-    own = [(a.name, b.name) for a in named(_SCRATCH) for b in named(_RETRAINED) if "@" not in a.name or a.schedule == b.schedule]
+    found = {n: n.split("@")[0].split(":")[0] for n in names}
+    fits = lambda a, b: "@" not in a + b or arm(a).schedule == arm(b).schedule or "@" not in a and found[a] in _SCRATCH
+    own = [(a, b) for one, two in COMPARISONS for a in found for b in found if (found[a], found[b]) == (one, two) and fits(a, b)]
     return list(dict.fromkeys([*COMPARISONS, *own]))
 
-# %% ../../nbs/study/grid.ipynb #89cfe287
+# %% ../../nbs/study/grid.ipynb #c9115a1c
 class Study(Record, frozen=True, dict=True):
     "One network, one data set, one method: which arms, ratios and seeds to run, and when two arms count as equal"
     data: str # a data set's name
@@ -91,8 +92,10 @@ class Study(Record, frozen=True, dict=True):
 
     def __post_init__(self):
         if isinstance(self.ratios, (int, float)): force_setattr(self, "ratios", (self.ratios,))
+        if isinstance(self.parent, Path): force_setattr(self, "parent", str(self.parent))
+        if isinstance(self.training, dict): force_setattr(self, "training", {k: (v,) if k in _LISTS and isinstance(v, (int, float)) else v for k, v in self.training.items()})
         check_types(self)
-        force_setattr(self, "scale", self.scale or _SCALE.get(self.data, "paper"))
+        force_setattr(self, "scale", self.scale or _SCALE.get(self.data, "pocket"))
         _check_names(self)
         if self.precision == "auto": force_setattr(self, "precision", "fp32" if self.scale == "smoke" else best_precision(pick_device()))
         force_setattr(self, "options", _canonical(self))
@@ -140,7 +143,7 @@ def _check_study(s:Study):
     if s.cap is not None and not 1 <= s.cap < float("inf"): raise UserError(f"cap {s.cap}: give a factor of at least 1")
     s.base.check()
 
-# %% ../../nbs/study/grid.ipynb #391ba8c8
+# %% ../../nbs/study/grid.ipynb #a301d1a3
 def _check_method(s:Study):
     "Refuse what the method cannot do"
     m = methods.get(s.method)
@@ -151,12 +154,14 @@ def _check_method(s:Study):
     if s.rewind < 0 or s.rewind and s.prunes != "tickets": raise UserError(f"rewind {s.rewind}: give a number of steps, with a method that goes back to the start, such as lottery")
     for a in s.arms:
         if s.prunes not in arm(a).suits: raise UserError(f"arm {a} does not go with {s.method}: there are {', '.join(n for n, x in arms.items.items() if s.prunes in x.suits)}")
+        if s.rounds > 1 and (arm(a).total or arm(a).early): raise UserError(f"arm {a} reckons with one pruning, and leaves out what is trained between {s.rounds} rounds: leave the arm out, or rounds")
         if arm(a).trained: arm(a).parent(s.recipe), arm(a).recipe(s.recipe) # refuse lengths that do not fit
     for r in s.ratios:
         check_ratio(r)
         if r == 0 or s.known and pruned_arch(s.method, s.base, **s.request(r)) == s.base: raise UserError(f"ratio {r} removes nothing from {s.arch}: give a larger one")
 
-# %% ../../nbs/study/grid.ipynb #b7b4c33b
+# %% ../../nbs/study/grid.ipynb #8ee0bd91
+_LISTS = ("milestones", "gammas")
 _FIXED = {"epochs": "give epochs to the study", "precision": "give precision to the study", "peek": "say reference=True", **{k: "arms choose parts of a training" for k in ("skip", "stop", "first", "last")}}
 
 def _check_training(s:Study):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ready', 'lost', 'load_all', 'check_methods', 'run_all', 'n_workers']
 
-# %% ../../nbs/study/pool.ipynb #9540b7c4
+# %% ../../nbs/study/pool.ipynb #a5a23ce1
 import json, os, sys
 from collections.abc import Iterable
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from ..core.errors import UserError
 from ..methods.plugins import known_to_workers, plugins_loaded
 from .step import Run
-from .run import data_of, start_worker, work
+from .run import check_data, data_of, start_worker, work
 from .store import Store
 from ..training.data import shipped
 from ..training.device import pick_device
@@ -56,12 +56,15 @@ class _Bars:
         except (OSError, ValueError): return None
     def close(self): self.epoch.close(), self.study.close()
 
-# %% ../../nbs/study/pool.ipynb #4ec6beb3
-def load_all(runs:Iterable[Run], root=None):
-    "Load the data of all runs, so that missing ones, or too few for what a recipe skips, are refused before anything starts"
-    sizes = {ref: len(data_of(ref, root).train) for ref in {r.data for r in runs}}
+# %% ../../nbs/study/pool.ipynb #9be5f3ca
+def load_all(runs:list[Run], store:Store, root=None):
+    "Load the data of all runs that are to do, so that missing ones, other ones than earlier runs have seen, or too few for what a recipe skips are refused before anything starts"
+    todo = [r for r in runs if not store.ended(r)]
+    data = {ref: data_of(ref, root) for ref in {r.data for r in todo}}
+    for r in todo:
+        if r.recipe: _check_steps(r.recipe, len(data[r.data].train))
     for r in runs:
-        if r.recipe: _check_steps(r.recipe, sizes[r.data])
+        if r.data in data and store.ended(r): check_data(r, store, data[r.data])
 
 # %% ../../nbs/study/pool.ipynb #131aa77a
 def _check_steps(r:Recipe, n:int):
@@ -79,7 +82,7 @@ def check_methods(runs:Iterable[Run]):
     for name in dict.fromkeys(r.method for r in runs if r.kind == "prune"):
         if not known_to_workers(name): raise UserError(f"method {name} lives in this session alone, and a trial runs in processes of its own: put it in a file and load it by methods.load_plugin(file)")
 
-# %% ../../nbs/study/pool.ipynb #9130742b
+# %% ../../nbs/study/pool.ipynb #947d4c91
 def run_all(
     runs:list[Run], # in an order in which every run comes after what it starts from; see `runs_of`
     store:Store,
@@ -91,7 +94,7 @@ def run_all(
     "Carry out all runs that are not done"
     todo = [r for r in runs if not store.ended(r)]
     check_methods(todo)
-    load_all(todo, root)
+    load_all(runs, store, root)
     bars = _Bars(len(runs), store, progress)
     bars.study.update(len(runs) - len(todo))
     diverged = {r.id: f"{r.label}: {store.record(r.id)['error']}" for r in runs if store.ended(r) and not store.done(r)}

@@ -172,7 +172,7 @@ def finish(self:Store,
     return self._place(run, dict(status="done", metrics=metrics, cost=cost, params=c.params, macs=c.macs, flops=c.flops,
                                  weights_sha256=hashlib.sha256((at/"weights.safetensors").read_bytes()).hexdigest(), **more), device)
 
-# %% ../../nbs/study/store.ipynb #cac4f1f3
+# %% ../../nbs/study/store.ipynb #34c093ca
 @patch
 def fail(self:Store,
     run:Run,
@@ -181,17 +181,18 @@ def fail(self:Store,
     status:str="failed", # or "diverged"
     rows:list[dict]=(), # the curve up to there
     cost:Cost | None=None, # up to there
+    **more, # further entries of the record
 ) -> dict: # the record
     "Keep the record of a run that ended badly; one that failed is tried again when it is asked for again, one that diverged is not"
     _write_curve(self.work(run), rows)
-    return self._place(run, dict(status=status, error=error, **(dict(cost=cost.to_dict()) if cost else {})), device)
+    return self._place(run, dict(status=status, error=error, **(dict(cost=cost.to_dict()) if cost else {}), **more), device)
 
 # %% ../../nbs/study/store.ipynb #3eed1ab0
 def _write_curve(at:Path, rows:list[dict]):
     from pandas import DataFrame
     if rows: write_text(at/"curve.csv", DataFrame(rows).to_csv(index=False))
 
-# %% ../../nbs/study/store.ipynb #afec71d1
+# %% ../../nbs/study/store.ipynb #35e41d79
 @patch
 def _place(self:Store, run:Run, content:dict, device:str) -> dict:
     "Write the record and rename the work folder into place"
@@ -205,6 +206,6 @@ def _place(self:Store, run:Run, content:dict, device:str) -> dict:
         os.replace(end, old)
     os.replace(at, end)
     # only now: a training that is killed before the rename must find its last checkpoint
-    for scrap in (*CHECKPOINTS, "progress.json"): (end/scrap).unlink(missing_ok=True)
+    for scrap in [*(end/name for name in (*CHECKPOINTS, "progress.json")), *end.glob(".*.part")]: scrap.unlink(missing_ok=True) # parts: of a process that was killed while it wrote
     shutil.rmtree(self/".work"/f"{run.id}.old", ignore_errors=True)
     return record

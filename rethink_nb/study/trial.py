@@ -49,23 +49,23 @@ class Trial:
     @property
     def note(self) -> str: return scales[self.studies[0].scale].note
 
-# %% ../../nbs/study/trial.ipynb #217d8d6b
+# %% ../../nbs/study/trial.ipynb #45046ef5
 @patch
 def check(self:Trial, workers:int | None=None, device:str="auto", root=None):
     "Refuse what cannot be carried out (data that are missing, a device that is not there) before anything is written"
     n_workers(workers, device, 1)
     check_methods(self.todo)
-    load_all(self.todo, root)
+    load_all(self.runs, self.store, root)
 
-# %% ../../nbs/study/trial.ipynb #4dd90473
+# %% ../../nbs/study/trial.ipynb #d75924fe
 @patch
 def run(self:Trial, workers:int | None=None, device:str="auto", root=None, progress:bool=True) -> Trial:
-    "Do what is missing; failed runs are told on stderr, the rest goes on"
+    "Do what is missing; runs that failed or diverged are told on stderr, the rest goes on"
     self.check(workers, device, root)
     for s in self.studies:
-        s.write(self.store/"studies"/f"{s.id}.json")
         if s.parent: adopt(s.parent_run(0), s.parent, self.store, device, root)
-    for line in run_all(self.runs, self.store, workers, device, root, progress).values(): print(f"failed: {line}", file=sys.stderr)
+    for s in self.studies: s.write(self.store/"studies"/f"{s.id}.json")
+    for line in run_all(self.runs, self.store, workers, device, root, progress).values(): print(f"without a result: {line}", file=sys.stderr)
     return self
 
 # %% ../../nbs/study/trial.ipynb #fe566a89

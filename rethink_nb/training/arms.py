@@ -115,7 +115,7 @@ def arm(
     if why := _unfit(a, schedule, epochs): raise UserError(f"arm {name}: {why}")
     return replace(a, name=name, schedule=schedule or a.schedule, epochs=epochs or a.epochs)
 
-# %% ../../nbs/training/arms.ipynb #7f974a7d
+# %% ../../nbs/training/arms.ipynb #9d0848d1
 def _unfit(a:Arm, schedule:str | None, epochs:int | None) -> str:
     "Why an arm cannot take a schedule or a length; empty where it can"
     if schedule is not None and schedule not in SCHEDULES: return f"unknown schedule {schedule!r}: there are {', '.join(SCHEDULES)}"
@@ -123,4 +123,4 @@ def _unfit(a:Arm, schedule:str | None, epochs:int | None) -> str:
     if schedule == "lr-rewind" and not a.from_parent: return f"lr-rewind is for trained weights; {a.name} starts from random ones"
     if schedule == "lr-rewind" and a.stretched: return "the last epochs of a schedule cannot be stretched; take another schedule"
     if a.rewound and schedule: return f"{a.name} goes by the parent's own schedule"
-    return "give at least one epoch" if epochs == 0 else ""
+    return "give 1 to 100,000 epochs" if epochs is not None and not 1 <= epochs <= 100_000 else ""

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CHECKPOINTS', 'Place', 'before', 'save_checkpoint', 'load_checkpoint', 'Saver']
 
-# %% ../../nbs/training/checkpoint.ipynb #22280e41
+# %% ../../nbs/training/checkpoint.ipynb #5a56fb01
 import hashlib, json, os, sys, time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
+from ..core.errors import UserError
 from ..core.events import Callback
 from ..core.files import write_bytes
 
@@ -39,11 +40,11 @@ def _tensors(net:nn.Module, opt:torch.optim.Optimizer, callbacks:list[Callback],
     found |= {f"callback.{i}.{k}": v for i, cb in enumerate(callbacks) for k, v in cb.state_dict().items()}
     return {k: v.detach().cpu().contiguous() for k, v in (found | {f"sums.{k}": v for k, v in place.sums.items()}).items()}
 
-# %% ../../nbs/training/checkpoint.ipynb #196c8809
-def _checksum(tensors:dict[str, torch.Tensor], where:str) -> str:
-    "SHA-256 over the bytes of all tensors, in the order of their names, and the place"
-    digest = hashlib.sha256(where.encode())
-    for k in sorted(tensors): digest.update(k.encode() + tensors[k].reshape(-1).view(torch.uint8).numpy().tobytes())
+# %% ../../nbs/training/checkpoint.ipynb #04197a1c
+def _checksum(tensors:dict[str, torch.Tensor], key:str, where:str) -> str:
+    "SHA-256 over key, place, and names, types, shapes and bytes of all tensors"
+    digest = hashlib.sha256(f"{key} {where}".encode())
+    for k in sorted(tensors): digest.update(f"{k} {tensors[k].dtype} {tuple(tensors[k].shape)}".encode() + tensors[k].reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 # %% ../../nbs/training/checkpoint.ipynb #4919136a
@@ -54,32 +55,33 @@ def before(path) -> Path:
     path = Path(path)
     return path.with_name(f"{path.stem}-before{path.suffix}")
 
-# %% ../../nbs/training/checkpoint.ipynb #3b577682
+# %% ../../nbs/training/checkpoint.ipynb #03d5c527
 def save_checkpoint(path, net:nn.Module, opt:torch.optim.Optimizer, callbacks:list[Callback], key:str, place:Place):
     "Write a checkpoint whole, and keep the last one beside it"
     path, tensors = Path(path), _tensors(net, opt, callbacks, place)
     where = json.dumps({k: v for k, v in vars(place).items() if k != "sums"})
-    new = write_bytes(path.with_name(f"{path.stem}-new{path.suffix}"), save(tensors, dict(key=key, place=where, sha256=_checksum(tensors, where))))
+    new = write_bytes(path.with_name(f"{path.stem}-new{path.suffix}"), save(tensors, dict(key=key, place=where, sha256=_checksum(tensors, key, where))))
     if path.exists(): os.replace(path, before(path)) # killed here, the one before is whole, and is taken up
     os.replace(new, path)
 
-# %% ../../nbs/training/checkpoint.ipynb #4f782dad
+# %% ../../nbs/training/checkpoint.ipynb #960fd300
 def _read(path:Path) -> tuple[str, str, dict[str, torch.Tensor]] | None: # key, place, tensors; None: damaged
     "What lies in a checkpoint, if it is whole"
     try:
         with safe_open(str(path), "pt") as f: meta, tensors = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
     except (SafetensorError, OSError): return None
-    where = meta.get("place", "")
-    return (meta["key"], where, tensors) if meta.get("sha256") == _checksum(tensors, where) else None
+    key, where = meta.get("key", ""), meta.get("place", "")
+    return (key, where, tensors) if meta.get("sha256") == _checksum(tensors, key, where) else None
 
-# %% ../../nbs/training/checkpoint.ipynb #e68534a9
+# %% ../../nbs/training/checkpoint.ipynb #5784339f
 def load_checkpoint(path, net:nn.Module, opt:torch.optim.Optimizer, callbacks:list[Callback], key:str) -> Place:
     "Take up a training where its checkpoint left it; an empty place when there is nothing to take up. A damaged file is told on stderr, and the one before is taken"
     for file in (Path(path), before(path)):
         if not file.is_file(): continue
         found = _read(file)
         if found is None: print(f"{file}: the checkpoint is damaged; {'the one before is taken' if file == Path(path) and before(path).is_file() else 'the training starts anew'}", file=sys.stderr)
-        elif found[0] == key:
+        elif found[0] != key: print(f"{file}: the checkpoint of another training; it will be overwritten", file=sys.stderr)
+        else:
             _put(found[2], net, opt, callbacks)
             return Place(**json.loads(found[1]), sums={k.removeprefix("sums."): v for k, v in found[2].items() if k.startswith("sums.")})
     return Place()
@@ -94,7 +96,7 @@ def _put(tensors:dict[str, torch.Tensor], net:nn.Module, opt:torch.optim.Optimiz
         if f"momentum.{i}" in tensors: opt.state[p]["momentum_buffer"] = torch.empty_like(p).copy_(tensors[f"momentum.{i}"]).detach()
     for i, cb in enumerate(callbacks): cb.load_state_dict(part(f"callback.{i}."))
 
-# %% ../../nbs/training/checkpoint.ipynb #29f09a5e
+# %% ../../nbs/training/checkpoint.ipynb #93aa56b4
 class Saver:
     "Writes the checkpoints of one training: at once when asked, else when enough time has gone"
     def __init__(self,
@@ -102,6 +104,7 @@ class Saver:
         state:tuple, # network, optimiser, callbacks, key
         seconds:float, # between two checkpoints within an epoch
     ):
+        if path and Path(path).is_dir(): raise UserError(f"checkpoint {path}: a folder; name a file")
         self.path, self.state, self.seconds, self.last = path, state, seconds, time.monotonic()
     def load(self) -> Place: return load_checkpoint(self.path, *self.state) if self.path else Place()
     def due(self) -> bool: return bool(self.path) and time.monotonic() - self.last >= self.seconds

@@ -91,7 +91,7 @@ def describe(self:Data):
     per = {k: s.counts(self.classes) for k,s in self.splits.items()}
     return DataFrame([dict(split=k, images=sum(n), rarest=min(n), commonest=max(n)) for k,n in per.items()]).set_index("split")
 
-# %% ../../nbs/training/data.ipynb #9562e1b7
+# %% ../../nbs/training/data.ipynb #dc8f2a99
 def pick(
     labels:torch.Tensor, # of all images there are
     n:int, # how many to pick: none, all, or enough for each class on both sides
@@ -105,6 +105,7 @@ def pick(
     if not isinstance(n, int) or not least <= n <= len(labels) - least:
         raise UserError(f"{what} {n}: give all {len(labels)} images, or a whole number from {least} to {len(labels) - least} so that no class runs out")
     from sklearn.model_selection import train_test_split
+    if (fewest := int(torch.bincount(labels)[labels.unique()].min())) < 2: raise UserError(f"{what} {n}: a class has {fewest} image, and it takes two to split it")
     parts = train_test_split(everyone.numpy(), train_size=n, random_state=seed % 2**32, stratify=labels.numpy())
     return tuple(torch.from_numpy(part).sort().values for part in parts)
 

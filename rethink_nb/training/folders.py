@@ -14,58 +14,83 @@ import torch
 from ..core.errors import UserError
 from .data import Source, Split, pick
 
-# %% ../../nbs/training/folders.ipynb #733bd43b
-def _listed(folder:Path) -> tuple[list[str], list[tuple[str, int]]]: # class names; files with their class
-    "The images below a folder, by class"
-    from torchvision.datasets import ImageFolder
-    try: found = ImageFolder(str(folder))
-    except FileNotFoundError as e: raise UserError(f"{folder}: {str(e).splitlines()[0].rstrip('.')}: give a folder that holds one folder of images a class") from None
-    return found.classes, found.samples
+# %% ../../nbs/training/folders.ipynb #f0c74b54
+def _listed(folder:Path) -> dict[str, list[Path]]: # files by class
+    "The images below a folder; what starts with a dot is left out"
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+    found = {d.name: sorted(p for p in d.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS and not p.name.startswith(".")) for d in sorted(folder.iterdir()) if d.is_dir() and not d.name.startswith(".")}
+    if len(found) < 2: raise UserError(f"{folder}: {len(found)} folders of images; give a folder that holds one folder of images a class, for two classes or more")
+    if empty := [k for k, files in found.items() if not files]: raise UserError(f"{folder/empty[0]}: no image in it; remove the folder or fill it")
+    return found
 
-# %% ../../nbs/training/folders.ipynb #495e68c2
-def _parts(path:Path) -> tuple[Path, Path | None]:
-    "Where the training images lie, and where the test images do"
+# %% ../../nbs/training/folders.ipynb #db7032e1
+_TEST, _VAL = ("test",), ("val", "valid", "validation")
+
+def _parts(path:Path) -> tuple[list[Path], Path | None]: # of training, of test
+    "In which folders the classes' folders lie"
     if not path.is_dir(): raise UserError(f"{path}: {'a file' if path.is_file() else 'no such folder'}; give a folder that holds one folder of images a class")
-    test = next((path/n for n in ("test", "val") if (path/n).is_dir()), None)
-    return (path/"train", test) if (path/"train").is_dir() and test else (path, None)
+    named = {p.name.lower(): p for p in path.iterdir() if p.is_dir()}
+    train, test, val = (next((named[n] for n in names if n in named), None) for names in (("train",), _TEST, _VAL))
+    if not train: return [path], None
+    if not (test or val): raise UserError(f"{path}: has a folder {train.name}, but none of {', '.join(_TEST + _VAL)} beside it: name one so, or give {train} itself")
+    return ([train, val], test) if test and val else ([train], test or val)
 
-# %% ../../nbs/training/folders.ipynb #d288ad25
-def _pixels(file:str, size:tuple[int, int], channels:int) -> torch.Tensor:
+# %% ../../nbs/training/folders.ipynb #dc8df52e
+def _files(folders:list[Path]) -> tuple[list[str], list[tuple[Path, int]]]: # class names; files with their class
+    "All images of the folders, which have the same classes"
+    listed = [_listed(f) for f in folders]
+    for f, found in zip(folders, listed):
+        if list(found) != list(listed[0]): raise UserError(f"{f} and {folders[0]} have different classes: {', '.join(sorted(set(found) ^ set(listed[0])))}")
+    return list(listed[0]), [(p, k) for found in listed for k, files in enumerate(found.values()) for p in files]
+
+# %% ../../nbs/training/folders.ipynb #3240402b
+def _pixels(file:Path, size:tuple[int, int], channels:int) -> torch.Tensor:
     "One image as uint8 (channels, height, width): its shorter side is brought to size, and its middle cut out"
     import numpy as np
     from PIL import Image, ImageOps
     try:
-        with Image.open(file) as image: picture = ImageOps.fit(image.convert("L" if channels == 1 else "RGB"), size[::-1], Image.Resampling.BILINEAR)
-    except OSError as e: raise UserError(f"{file} cannot be read as an image ({e}); replace or remove it") from None
+        with Image.open(file) as image:
+            if image.mode.startswith(("I", "F")): raise UserError(f"{file}: {image.mode}, more than 8 bits a pixel, would lose most of its values; convert it first")
+            picture = ImageOps.fit(image.convert("L" if channels == 1 else "RGB"), size[::-1], Image.Resampling.BILINEAR)
+    except (OSError, SyntaxError, Image.DecompressionBombError) as e: raise UserError(f"{file} cannot be read as an image ({e}); replace or remove it") from None
     return torch.from_numpy(np.array(picture)).view(*size, channels).permute(2, 0, 1)
 
-# %% ../../nbs/training/folders.ipynb #46e9a4a1
-def _split(listed:tuple, size:tuple[int, int], channels:int) -> Split:
-    files = listed[1]
+# %% ../../nbs/training/folders.ipynb #a5a38ff8
+def _split(files:list[tuple[Path, int]], size:tuple[int, int], channels:int) -> Split:
     return Split(torch.stack([_pixels(f, size, channels) for f, _ in files]), torch.tensor([label for _, label in files]))
 
-# %% ../../nbs/training/folders.ipynb #590c385e
-def _read(train:Path, test:Path | None, size:tuple[int, int], channels:int, root=None, download:bool=False) -> tuple[Split, Split]:
+# %% ../../nbs/training/folders.ipynb #8cb75585
+def _read(train:list[Path], test:Path | None, size:tuple[int, int], channels:int, root=None, download:bool=False) -> tuple[Split, Split]:
     "Both sets; the last two arguments are there for `Source` and not needed"
-    everyone = _split(_listed(train), size, channels)
-    if test: return everyone, _split(_listed(test), size, channels)
-    held, rest = pick(everyone.labels, len(everyone)//5, seed=0, what=f"test images of {train}:") # a constant: the test images never move
+    everyone = _split(_files(train)[1], size, channels)
+    if test: return everyone, _split(_files([test])[1], size, channels)
+    held, rest = pick(everyone.labels, len(everyone)//5, seed=0, what=f"test images of {train[0]}:") # a constant: the test images never move
     return everyone.take(rest), everyone.take(held)
 
-# %% ../../nbs/training/folders.ipynb #cc0b4f03
+# %% ../../nbs/training/folders.ipynb #7a0ef3d8
 def image_folder(
     path:str|Path, # one folder a class, or `train` and `test` with such folders
     size:int|tuple[int,int]=32, # side, or height and width, that every image is brought to
     channels:int=3, # 3: colour, 1: grey
-    val:int|None=None, # training images held out; None: a tenth
+    val:int|None=None, # training images held out; None: a tenth, at least one a class
     pad:int=4, # border for random crops
     flip:bool=True, # whether a mirrored image keeps its class
 ) -> Source:
     "A folder of images as a data set that `datasets.register` takes"
+    size = (size, size) if isinstance(size, int) else size
+    if not (isinstance(size, (tuple, list)) and len(size) == 2 and all(type(s) is int and 1 <= s <= 4096 for s in size)): raise UserError(f"size {size}: give the side in pixels, or height and width")
     if channels not in (1, 3): raise UserError(f"channels {channels}: give 3 for colour or 1 for grey")
-    path, size = Path(path).expanduser().resolve(), (size, size) if isinstance(size, int) else tuple(size)
+    if type(pad) is not int or pad < 0 or type(flip) is not bool: raise UserError(f"pad {pad}, flip {flip}: give pixels of border, and True or False")
+    path = Path(path).expanduser().resolve()
     train, test = _parts(path)
-    classes, files = _listed(train)
-    if test and (other := _listed(test)[0]) != classes: raise UserError(f"{path}: {train.name} and {test.name} have different classes: {', '.join(sorted(set(classes) ^ set(other)))}")
+    classes, files = _files(train)
+    if test: _files([train[0], test]) # refuses other classes
+    _enough(path, classes, files, 2 if test else 10)
     left = len(files) if test else len(files) - len(files)//5
-    return Source(partial(_read, train, test, size, channels), len(classes), (channels, *size), max(len(classes), left//10) if val is None else val, pad, flip)
+    return Source(partial(_read, train, test, tuple(size), channels), len(classes), (channels, *size), max(len(classes), left//10) if val is None else val, pad, flip)
+
+# %% ../../nbs/training/folders.ipynb #1cb37ef1
+def _enough(path:Path, classes:list[str], files:list[tuple[Path, int]], least:int):
+    "Refuse classes of which none would be left for one of the splits"
+    for k, name in enumerate(classes):
+        if (n := sum(label == k for _, label in files)) < least: raise UserError(f"{path}: class {name} has {n} images to train on; give at least {least}, so that every split gets some")

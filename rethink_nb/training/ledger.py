@@ -51,7 +51,7 @@ def share(self:Cost,
     "One n-th of every figure"
     return {k: v/n for k, v in asdict(self).items()}
 
-# %% ../../nbs/training/ledger.ipynb #f78ee286
+# %% ../../nbs/training/ledger.ipynb #f75d9ff3
 def budget_epochs(
     images:int, # of the training split
     batch:int, # images a step
@@ -62,7 +62,9 @@ def budget_epochs(
     "Whole epochs that fit into a budget"
     if (steps is None) == (macs is None): raise UserError("a budget is given in steps or in macs: give one of them")
     if macs is not None and arch is None: raise UserError("a budget in macs needs the architecture")
+    if not (isinstance(images, int) and isinstance(batch, int) and images > 1 and batch > 1): raise UserError(f"{images} images, batch {batch}: give whole numbers above 1")
+    if not 0 < (steps if macs is None else macs) < float("inf"): raise UserError(f"a budget of {steps if macs is None else macs}: give a number above 0")
     each = images//batch + (images % batch > 1)
-    n = steps//each if steps is not None else int(macs//train_macs(arch, images))
+    n = int(steps//each) if steps is not None else int(macs//train_macs(arch, images))
     if n < 1: raise UserError(f"the budget is too small for one epoch: that is {each:,} steps{f', {train_macs(arch, images):,} MACs' if arch else ''}")
     return n

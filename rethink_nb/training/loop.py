@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['batches', 'steps_of', 'train_epoch', 'optimiser', 'History', 'Diverged', 'resolved', 'train']
 
-# %% ../../nbs/training/loop.ipynb #d400647c
+# %% ../../nbs/training/loop.ipynb #8bc6ea07
 import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from math import isfinite
+from math import isfinite, log
 
 import torch
 from fastcore.basics import patch
@@ -122,9 +122,9 @@ class History:
         from pandas import DataFrame
         return DataFrame(self.rows)
 
-# %% ../../nbs/training/loop.ipynb #f857faf2
+# %% ../../nbs/training/loop.ipynb #fb0967cd
 class Diverged(UserError):
-    "The loss is no number any more; `rows` has the curve up to there"
+    "The loss is no number any more, or its mean over an epoch ten times that of guessing; `rows` has the curve up to there"
     def __init__(self, message:str, rows:list[dict], cost:Cost):
         super().__init__(message)
         self.rows, self.cost = rows, cost
@@ -134,7 +134,7 @@ def resolved(r:Recipe, device:torch.device) -> Recipe:
     "The recipe with what depends on the device decided"
     return r.replace(precision=best_precision(device)) if r.precision == "auto" else r
 
-# %% ../../nbs/training/loop.ipynb #41227a59
+# %% ../../nbs/training/loop.ipynb #865a2910
 def train(
     net:nn.Module, # with its `.arch`; trained in place
     data:Data, # from `load_data`
@@ -153,7 +153,7 @@ def train(
     call_all(callbacks, "prepare", net)
     opt = optimiser(net, r, callbacks)
     key = content_id([net.arch.id, r.id, data.checksum, seed, device.type, [cb.key() for cb in callbacks], _digest(net)])
-    saver, hint = Saver(checkpoint, (net, opt, callbacks, key), seconds), f"take fewer images a step than {r.batch}, precision bf16, a narrower network, or fewer workers"
+    saver, hint = Saver(checkpoint, (net, opt, callbacks, key), seconds), f"take fewer images a step than {r.batch}{', precision bf16' if r.precision == 'fp32' else ''}, a narrower network, or fewer workers"
     with repeatable(device), memory_told(hint), compile_told(r.compile), postponed() as noted:
         t = _Training(net, data, r, opt, callbacks, seed, saver, noted)
         for epoch, part in steps_of(r, len(data.train)).items():
@@ -186,7 +186,7 @@ class _Training:
         "On the epoch under way, earlier tries included"
         return Cost(**self.place.spent) + self.meter.read()
 
-# %% ../../nbs/training/loop.ipynb #38e97c5c
+# %% ../../nbs/training/loop.ipynb #575fd9e6
 @patch
 def run_epoch(self:_Training, epoch:int, part:range, report:Callable | None):
     "Train, look at the held-out images, book the row, save"
@@ -197,7 +197,7 @@ def run_epoch(self:_Training, epoch:int, part:range, report:Callable | None):
     seen = train_epoch(self.net, self.data, self.r, self.opt, self.callbacks, self.seed, epoch, part, place, step_over, self.forward)
     row = self._row(epoch, seen)
     self.place, self.meter = Place(rows=[*place.rows, row]), Meter(self.meter.device)
-    if not isfinite(row["train_loss"]) or len(self.data.val) and not isfinite(row["val_loss"]):
+    if not row["train_loss"] < 10*log(self.data.classes) or len(self.data.val) and not isfinite(row["val_loss"]):
         raise Diverged(f"training diverged in epoch {epoch} (loss {row['train_loss']:g} in training, {row['val_loss']:g} on held-out images): lower the learning rate", self.place.rows, self._cost())
     self.saver.save(self.place)
     if report: report(row)

@@ -45,13 +45,16 @@ class Recipe(Record, frozen=True):
         _check_words(self)
         _check_part(self)
 
-# %% ../../nbs/training/recipe.ipynb #cec63ce4
+# %% ../../nbs/training/recipe.ipynb #17b3e2e7
 def _check_numbers(r:Recipe):
     "Refuse numbers that no training has"
-    if r.epochs < 0 or r.batch < 1 or not 0 < r.lr < float("inf"): raise UserError(f"a recipe needs epochs >= 0, batch >= 1, lr > 0: {r.epochs}, {r.batch}, {r.lr} given")
+    if r.epochs < 0 or r.batch < 2 or not 0 < r.lr < float("inf"): raise UserError(f"a recipe needs epochs >= 0, batch >= 2, lr > 0: {r.epochs}, {r.batch}, {r.lr} given")
+    if not all(0 <= m <= 1 for m in r.milestones): raise UserError(f"milestones {r.milestones}: give fractions of the epochs, 0 to 1")
+    if not all(0 < g < float("inf") for g in (r.gamma, *r.gammas)): raise UserError(f"gamma {r.gamma}, gammas {r.gammas}: give factors above 0")
     if r.gammas and len(r.gammas) != len(r.milestones): raise UserError(f"gammas {r.gammas}: give one for each of the {len(r.milestones)} milestones")
     if r.every is not None and not 0 < r.every <= 1: raise UserError(f"every {r.every}: give a fraction of the epochs, such as 1/3")
-    if not 0 <= r.momentum < 1 or r.weight_decay < 0: raise UserError(f"momentum {r.momentum}, weight_decay {r.weight_decay}: give 0 <= momentum < 1 and weight_decay >= 0")
+    if r.nesterov and not r.momentum: raise UserError("nesterov needs a momentum above 0")
+    if not 0 <= r.momentum < 1 or not 0 <= r.weight_decay < float("inf"): raise UserError(f"momentum {r.momentum}, weight_decay {r.weight_decay}: give 0 <= momentum < 1 and weight_decay >= 0")
 
 # %% ../../nbs/training/recipe.ipynb #1cfcb9c1
 def _check_words(r:Recipe):
@@ -80,12 +83,12 @@ def lr_at(self:Recipe,
     # rounded, or 0.1*0.1*0.1 would print as 0.0010000000000000002
     return float(f"{self.lr*prod(self._factors(epoch)):.12g}")
 
-# %% ../../nbs/training/recipe.ipynb #df6d07c4
+# %% ../../nbs/training/recipe.ipynb #00e87da8
 @patch
 def _factors(self:Recipe, epoch:int) -> list[float]:
     "The steps that have fallen before an epoch"
     if self.every: return [self.gamma]*((epoch - 1)//max(1, floor(self.every*self.epochs + 1e-9)))
-    return [g for m, g in zip(self.milestones, self.gammas or (self.gamma,)*len(self.milestones)) if epoch > floor(m*self.epochs + 1e-9)]
+    return [g for m, g in zip(self.milestones, self.gammas or (self.gamma,)*len(self.milestones)) if epoch > max(1, floor(m*self.epochs + 1e-9))]
 
 # %% ../../nbs/training/recipe.ipynb #59028caf
 def _one_cycle(
@@ -132,14 +135,16 @@ _enter("cifar-soft-filter", "cifar/soft-filter-pruning/README.md", _TEST + "; th
 _enter("cifar-soft-filter-pretrained", "cifar/soft-filter-pruning/README.md", _TEST, epochs=200, lr=.001, milestones=(1/200, 60/200, 120/200, 160/200), **_soft) # with a pretrained network
 _enter("cifar-soft-filter-b", "cifar/soft-filter-pruning/pruning_resnet_longer_scratch.py", _TEST, epochs=400, lr=.01, milestones=(1/400, 60/400, 120/400, 160/400), **_soft)
 
-# %% ../../nbs/training/recipe.ipynb #436301ce
-_enter("imagenet", "imagenet/l1-norm-pruning/main_E.py", epochs=90, lr=.1, batch=256, every=1/3)
-_enter("imagenet-vgg", "imagenet/thinet/main_E.py, imagenet/regression-pruning/main_E.py", epochs=90, lr=.01, batch=256, every=1/3) # VGG-16 without batch norm
-_enter("imagenet-slimming imagenet-weights", "imagenet/network-slimming/main.py, imagenet/weight-level/main_E.py", epochs=90, lr=.1, batch=256, every=1/3)
-_enter("imagenet-sss", "SSS's own code with sss=False (README of the reference)", "MXNet there", epochs=100, lr=.1, batch=256, every=.3)
-_enter("imagenet-fine-tune", "imagenet/l1-norm-pruning/main_finetune.py", epochs=20, lr=.001, batch=256, schedule="constant")
-_enter("imagenet-slimming-fine-tune", "imagenet/network-slimming/main_finetune.py", epochs=5, lr=.001, batch=256, schedule="constant")
-_enter("imagenet-weights-fine-tune", "imagenet/weight-level/main_finetune.py", epochs=10, lr=.001, batch=256, schedule="constant")
+# %% ../../nbs/training/recipe.ipynb #06682567
+_CROPS = "crops and mirrors are those of the data set here, not RandomResizedCrop; " + _TEST
+
+_enter("imagenet", "imagenet/l1-norm-pruning/main_E.py", _CROPS, epochs=90, lr=.1, batch=256, every=1/3)
+_enter("imagenet-vgg", "imagenet/thinet/main_E.py, imagenet/regression-pruning/main_E.py", _CROPS, epochs=90, lr=.01, batch=256, every=1/3) # VGG-16 without batch norm
+_enter("imagenet-slimming imagenet-weights", "imagenet/network-slimming/main.py, imagenet/weight-level/main_E.py", _CROPS, epochs=90, lr=.1, batch=256, every=1/3)
+_enter("imagenet-sss", "SSS's own code with sss=False (README of the reference)", "MXNet there; " + _CROPS, epochs=100, lr=.1, batch=256, every=.3)
+_enter("imagenet-fine-tune", "imagenet/l1-norm-pruning/main_finetune.py", _CROPS, epochs=20, lr=.001, batch=256, schedule="constant")
+_enter("imagenet-slimming-fine-tune", "imagenet/network-slimming/main_finetune.py", _CROPS, epochs=5, lr=.001, batch=256, schedule="constant")
+_enter("imagenet-weights-fine-tune", "imagenet/weight-level/main_finetune.py", _CROPS, epochs=10, lr=.001, batch=256, schedule="constant")
 
 # %% ../../nbs/training/recipe.ipynb #a05253f3
 _enter("fashion-mnist", "[ours] the shape of cifar",

@@ -48,14 +48,14 @@ def loss_and_accuracy(logits:torch.Tensor, labels:torch.Tensor) -> tuple[float, 
     if not n: return float("nan"), float("nan")
     return float(F.cross_entropy(logits, labels)), 100*int((logits.argmax(1) == labels).sum())/n
 
-# %% ../../nbs/training/scores.ipynb #af278465
+# %% ../../nbs/training/scores.ipynb #0df795df
 def calibration_error(
     logits:torch.Tensor, # (images, classes)
     labels:torch.Tensor,
     bins:int=15, # of equal width, from 0 to 1
 ) -> float: # percent
     "Expected calibration error"
-    if not len(labels): return float("nan")
+    if not len(labels) or not logits.isfinite().all(): return float("nan")
     sure, said = logits.softmax(1).max(1)
     bin_of = (sure*bins).long().clamp(max=bins - 1)
     gap = torch.zeros(bins, dtype=torch.float64, device=sure.device).index_add_(0, bin_of, (said == labels).double() - sure.double())
