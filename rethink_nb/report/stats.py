@@ -134,9 +134,10 @@ def _values(a, b, paired):
     if paired and len(a) != len(b): raise UserError(f"paired arms need the same number of runs, got {len(a)} and {len(b)}")
     return a, b
 
-# %% ../../nbs/report/stats.ipynb #5b13d3e1
+# %% ../../nbs/report/stats.ipynb #ffda9ab4
 def spread_parents(frame):
     "The frame with the parents' rows repeated under each ratio of their network and method"
+    if frame.empty: return frame
     mine = frame.arm == "parent"
     groups = frame.loc[~mine, ["data", "network", "method", "ratio"]].drop_duplicates()
     if groups.empty: return frame

@@ -56,11 +56,11 @@ def _agreement(cell:Cell, store:Store) -> float:
     mine, theirs = store.said(cell.run.id), store.said(cell.parent.id)
     return agreement(mine, theirs) if mine is not None and theirs is not None else float("nan")
 
-# %% ../../nbs/study/frames.ipynb #8910a8d5
+# %% ../../nbs/study/frames.ipynb #0b52c1b6
 def curve_frame(cells:list[Cell], store:Store):
-    "The epochs of all cells as one DataFrame"
+    "The epochs of all cells as one DataFrame, those of diverged ones included"
     from pandas import DataFrame, concat
-    parts = [store.curve(c.run.id).assign(**{k: getattr(c, k) for k in ("data", "network", "method", "ratio", "arm", "seed")}, run=c.run.id) for c in cells if store.done(c.run)]
+    parts = [store.curve(c.run.id).assign(**{k: getattr(c, k) for k in ("data", "network", "method", "ratio", "arm", "seed")}, run=c.run.id) for c in cells if store.ended(c.run)]
     return concat([p for p in parts if len(p)], ignore_index=True) if any(map(len, parts)) else DataFrame()
 
 # %% ../../nbs/study/frames.ipynb #c0a91375
