@@ -191,7 +191,7 @@ def _trial(studies:list, out:Path, store, root, device, workers, method:str, ste
     print(trial.summary(), f"\npage      {page}\nnotebook  {notebook}\ntable     {table}\neach run  {each}\nstore     {trial.store.path}", sep="\n")
     return 1 if trial.unfinished() else None # runs failed: told above
 
-# %% ../nbs/cli.ipynb #30c01225
+# %% ../nbs/cli.ipynb #06b60b77
 @command
 @call_parse
 def run(
@@ -228,7 +228,7 @@ def run(
     if (numbers := _ratio(ratio)) is None: raise UserError("ratio '': give a number, or several separated by commas")
     s = Study(data=data, arch=arch, method=method, ratios=numbers if isinstance(numbers, list) else [numbers], seeds=seeds, scale=scale or None, epochs=epochs or None,
               subset=subset or None, width=width, precision=precision, margin=margin or None, alpha=alpha, options=_options(options), rounds=rounds, rewind=rewind, cap=cap or None,
-              recipe_name=recipe, training=_options(training), reference=reference, parent=parent, **(dict(arms=_names(arms)) if arms else {}))
+              recipe_name=recipe, training=_options(training), reference=reference, parent=str(Path(parent).expanduser().resolve()) if parent else "", **(dict(arms=_names(arms)) if arms else {}))
     other = f"-{s.id[:6]}" if s.way != method or arms or recipe or training or reference or parent else "" # beside the pages of the same method with other options
     return _trial([s], folder(out, "out"), store, root, device, workers, method, f"{method}-{data}-{arch}{other}")
 

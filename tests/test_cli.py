@@ -82,7 +82,7 @@ BAD = {
     "training value": (["run", "l1", "--training", "batch=many"], "batch"),
     "training epochs": (["run", "l1", "--training", "epochs=3"], "give epochs to the study"),
     "compile": (["run", "l1", "--training", "compile=fast"], "compile 'fast'"),
-    "no parent": (["run", "l1", "--parent", "nowhere"], "parent nowhere: no such file or folder"),
+    "no parent": (["run", "l1", "--parent", "nowhere"], "nowhere: no such file or folder"),
     "parent is no network": (["run", "l1", "--parent", "afile"], "or a .safetensors file"),
     "parent is an empty folder": (["run", "l1", "--parent", "."], "arch.json"),
     "cifar is not there": (["run", "l1", "--data", "cifar10", "--arch", "resnet20"], "cifar-10-binary"),

@@ -32,7 +32,7 @@ def trial_frame(cells:list[Cell], store:Store):
     from pandas import DataFrame
     return DataFrame([_row(c, store) for c in cells])
 
-# %% ../../nbs/study/frames.ipynb #8678a61d
+# %% ../../nbs/study/frames.ipynb #cfdea07d
 def _row(cell:Cell, store:Store) -> dict:
     line, cost = [store.record(r.id) or {} for r in cell.run.lineage()], lambda r: Cost(**(store.record(r.id) or {}).get("cost", {}))
     last, total, own, first = line[-1], sum(map(cost, history(cell.run)), Cost()), cost(cell.run), cell.run.lineage()[0]
@@ -43,7 +43,7 @@ def _row(cell:Cell, store:Store) -> dict:
     return dict(**names, parent_seed=first.seed, run=cell.run.id, parent=first.id if len(line) > 1 else "", status=status,
                 **{k: last.get("metrics", {}).get(k, float("nan")) for k in ("test_acc", "test_loss", "test_top5", "test_ece", "best_test_acc", "val_acc", "val_loss")}, agreement=_agreement(cell, store),
                 epochs=last.get("epochs", cell.run.recipe.epochs if cell.run.kind == "train" else 0), **_size(last),
-                train_macs=own.macs, total_macs=total.macs, seconds=own.seconds, total_seconds=total.seconds, **exact)
+                train_macs=own.macs, total_macs=total.macs, seconds=own.seconds, device_seconds=own.device_seconds, total_seconds=total.seconds, **exact)
 
 # %% ../../nbs/study/frames.ipynb #3acceee5
 def _size(record:dict) -> dict:
