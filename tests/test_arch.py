@@ -132,9 +132,9 @@ def test_ids_stay():
     from rethink_nb.study import Study
     s = Study(data="digits", arch="vgg-digits")
     assert (zoo.arch("vgg16").id, recipe("cifar").id) == ("b6b04b537f5a", "7df89b8272d4")
-    assert [s.id, s.parent_run(1).id, s.prune_run("l1", .5, 1).id, s.prune_run("l1", .5, 1).group] == ["d0414ac3a49d", "82518e907312", "50dacb4eab52", "2114dd327e3c"]
+    assert [s.id, s.parent_run(1).id, s.prune_run("l1", .5, 1).id, s.prune_run("l1", .5, 1).group] == ["1f62b6423e1f", "82518e907312", "50dacb4eab52", "2114dd327e3c"]
     r = Study(data="digits", arch="resnet8-digits")
-    assert [r.id, r.prune_run("l1", .5, 1).id, r.prune_run("random-channels", .5, 1).id] == ["ecdaefb62843", "29b2513d92d2", "8afa8ec5fa6e"]
+    assert [r.id, r.prune_run("l1", .5, 1).id, r.prune_run("random-channels", .5, 1).id] == ["cd7e1c165584", "29b2513d92d2", "8afa8ec5fa6e"]
     assert [zoo.arch(n).id for n in ("resnet56-B", "preresnet164", "densenet40")] == ["34b26d0d8a39", "ddbe495209d4", "39e7392ec5c7"]
 
 

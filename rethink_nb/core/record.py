@@ -17,10 +17,15 @@ from fastcore.basics import patch
 from .errors import UserError
 from .files import write_text
 
-# %% ../../nbs/core/record.ipynb #fac88014
+# %% ../../nbs/core/record.ipynb #4121c108
 class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     "A frozen record: equal by value, JSON both ways, `id` from its content"
     schema: ClassVar[int] = 1 # raise it when the meaning of a field or a default changes, so that old ids do not lie
+
+    @classmethod
+    def _older(cls, data:dict, schema:int) -> dict:
+        "The fields of a file of an older schema, as they are said today; a record that has changed says how"
+        return data
 
 # %% ../../nbs/core/record.ipynb #d4e956d7
 _fields = cache(msgspec.structs.fields) # of a class; to work them out takes longer than all else that an id needs
@@ -102,14 +107,14 @@ def read(cls:Record, path) -> Record:
     try: return cls.from_dict(_unlabelled(cls, data) if isinstance(data, dict) else data)
     except UserError as e: raise UserError(f"{path}: {e}") from None
 
-# %% ../../nbs/core/record.ipynb #b12fa955
+# %% ../../nbs/core/record.ipynb #6fa3b0d8
 def _unlabelled(cls, data:dict) -> dict:
     "The fields alone, of a file that says it is of this kind (or, an old one, nothing) and not newer than this code"
     kind, schema = data.get("record", cls.__name__), data.get("schema", 1)
     if kind != cls.__name__: raise UserError(f"holds the record of a {kind}, where that of a {cls.__name__} is wanted")
     if not isinstance(schema, int) or schema < 1: raise UserError(f"damaged: schema {schema!r} is no number of a schema")
     if schema > cls.schema: raise UserError(f"written by a newer rethink_nb ({kind} of schema {schema}; this one reads up to {cls.schema})")
-    return {k: v for k, v in data.items() if k not in ("record", "schema")}
+    return cls._older({k: v for k, v in data.items() if k not in ("record", "schema")}, schema)
 
 # %% ../../nbs/core/record.ipynb #738bee60
 @patch

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['scales', 'COMPARISONS', 'USUAL', 'Scale', 'comparisons', 'Study']
 
-# %% ../../nbs/study/grid.ipynb #248cd1b7
+# %% ../../nbs/study/grid.ipynb #ec74337e
 from collections.abc import Iterable
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
+from typing import ClassVar
 
 from fastcore.basics import patch
 from msgspec.structs import force_setattr
@@ -64,7 +65,7 @@ def comparisons(
     own = [(a, b) for one, two in COMPARISONS for a in found for b in found if (found[a], found[b]) == (one, two) and fits(a, b)]
     return list(dict.fromkeys([*COMPARISONS, *own]))
 
-# %% ../../nbs/study/grid.ipynb #c9115a1c
+# %% ../../nbs/study/grid.ipynb #5ff70e25
 class Study(Record, frozen=True, dict=True):
     "One network, one data set, one method: which arms, ratios and seeds to run, and when two arms count as equal"
     data: str # a data set's name
@@ -89,6 +90,10 @@ class Study(Record, frozen=True, dict=True):
     reference: bool = False # as the reference: no images held out, the test images looked at after each epoch, the best result beside the last
     parent: str = "" # a trained network to start from: its folder, or a .safetensors file with the weights of `arch`; one for all seeds
     parent_sha256: str = "" # over its weights; found out where it is empty
+    schema: ClassVar[int] = 2 # 2: precision is "auto" unless it is given; it was "fp32"
+
+    @classmethod
+    def _older(cls, data:dict, schema:int) -> dict: return {"precision": "fp32", **data} if schema == 1 else data
 
     def __post_init__(self):
         if isinstance(self.ratios, (int, float)): force_setattr(self, "ratios", (self.ratios,))
