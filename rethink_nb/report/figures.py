@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['arm_looks', 'fig_curves', 'fig_arms', 'fig_accuracy_cost', 'fig_widths']
 
-# %% ../../nbs/report/figures.ipynb #9ca80db3
+# %% ../../nbs/report/figures.ipynb #d73d3258
 from textwrap import wrap
 
 import pandas as pd
@@ -15,7 +15,7 @@ import plotly.io as pio
 
 from ..core.errors import UserError
 from .stats import done, spread_parents, summary
-from .tables import arm_order
+from .tables import arm_base, arm_order
 
 # %% ../../nbs/report/figures.ipynb #025a4597
 _looks = {"parent": ("#000000", "star"), "pruned": ("#8c8c8c", "x"), "fine-tune": ("#E69F00", "circle"),
@@ -25,11 +25,11 @@ _looks = {"parent": ("#000000", "star"), "pruned": ("#8c8c8c", "x"), "fine-tune"
           "shuffled-mask": ("#CC79A7", "triangle-down"), "ticket": ("#E69F00", "circle"), "random-ticket": ("#56B4E9", "diamond")}  # never beside their like
 _later = ("#66A61E", "pentagon")  # shared by arms that came later
 
-# %% ../../nbs/report/figures.ipynb #84994eb5
+# %% ../../nbs/report/figures.ipynb #a25e2351
 def arm_looks(arms):
     "The colour and the marker of each arm, as the two maps that plotly express asks for; arms with a schedule or a length of their own are shades of the arm they are made of"
     families = {}
-    for arm in arms: families.setdefault(arm.split("@")[0].split(":")[0], []).append(arm)
+    for arm in arms: families.setdefault(arm_base(arm), []).append(arm)
     looks = {arm: _shade(*_looks.get(base, _later), k) for base, own in families.items() for k, arm in enumerate(sorted(own, key=lambda a: a != base), base not in own)}
     return {arm: c for arm, (c, _) in looks.items()}, {arm: m for arm, (_, m) in looks.items()}
 

@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['given_net', 'weights_digest']
 
-# %% ../../nbs/study/given.ipynb #23891460
-import hashlib
+# %% ../../nbs/study/given.ipynb #55cc485c
 from pathlib import Path
 
 import torch
@@ -16,6 +15,7 @@ from ..arch.spec import Arch
 from ..core.errors import UserError
 from ..core.record import read_json
 from ..surgery.saved import load, read_weights
+from ..training.checkpoint import tensors_digest
 
 # %% ../../nbs/study/given.ipynb #e8454469
 def given_net(
@@ -58,9 +58,7 @@ def _difference(a:Arch, b:Arch) -> str:
     k = next(k for k in [*one, *two] if one.get(k) != two.get(k))
     return f"{k} {one.get(k)}, not {two.get(k)}"
 
-# %% ../../nbs/study/given.ipynb #a023ca48
+# %% ../../nbs/study/given.ipynb #0c14e7e9
 def weights_digest(net:nn.Module) -> str: # 64 hex digits
-    "SHA-256 over names, types and bytes of all parameters and buffers"
-    digest = hashlib.sha256()
-    for k, v in sorted(net.state_dict().items()): digest.update(f"{k} {v.dtype} {tuple(v.shape)}".encode() + v.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    "SHA-256 over all parameters and buffers"
+    return tensors_digest(net.state_dict())

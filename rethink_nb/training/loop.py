@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['batches', 'steps_of', 'train_epoch', 'optimiser', 'History', 'Diverged', 'resolved', 'train']
 
-# %% ../../nbs/training/loop.ipynb #8bc6ea07
-import hashlib
+# %% ../../nbs/training/loop.ipynb #81c8d07a
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import isfinite, log
@@ -23,26 +22,26 @@ from ..core.events import Callback, call_all
 from ..core.record import content_id
 from ..core.seed import generator
 from ..core.signals import Stopped, postponed
-from .checkpoint import Place, Saver
+from .checkpoint import Place, Saver, tensors_digest
 from .augment import batch, draw
 from .data import Data
 from .device import Meter, autocast, best_precision, compile_told, memory_told, pick_device, repeatable
-from .ledger import Cost, train_macs
+from .ledger import Cost, epoch_steps, train_macs
 from .recipe import Recipe
-from .scores import evaluate, logits_of, scores
+from .scores import evaluate, judged
 
 # %% ../../nbs/training/loop.ipynb #85e6a794
 def batches(n:int, size:int) -> list[slice]:
     "Where in an epoch's order its batches lie"
     return [slice(i, min(i + size, n)) for i in range(0, n, size) if min(i + size, n) - i > 1]
 
-# %% ../../nbs/training/loop.ipynb #25c43083
+# %% ../../nbs/training/loop.ipynb #1bb937af
 def steps_of(
     r:Recipe,
     n:int, # training images
 ) -> dict[int, range]: # batches, from 0, by epoch; epochs without a step are left out
     "Which batches of which epoch a recipe trains on"
-    each = n//r.batch + (n % r.batch > 1)
+    each = epoch_steps(n, r.batch)
     start = r.skip if r.last is None else (r.epochs - r.last)*each
     end = r.first*each if r.first is not None else r.epochs*each if r.stop is None else r.stop
     if not start <= end <= r.epochs*each: raise UserError(f"skip {r.skip}, stop {r.stop}: {r.epochs} epochs of {n:,} images are {r.epochs*each:,} steps")
@@ -134,7 +133,7 @@ def resolved(r:Recipe, device:torch.device) -> Recipe:
     "The recipe with what depends on the device decided"
     return r.replace(precision=best_precision(device)) if r.precision == "auto" else r
 
-# %% ../../nbs/training/loop.ipynb #865a2910
+# %% ../../nbs/training/loop.ipynb #6f858101
 def train(
     net:nn.Module, # with its `.arch`; trained in place
     data:Data, # from `load_data`
@@ -152,20 +151,13 @@ def train(
     net.to(device, memory_format=torch.channels_last)
     call_all(callbacks, "prepare", net)
     opt = optimiser(net, r, callbacks)
-    key = content_id([net.arch.id, r.id, data.checksum, seed, device.type, [cb.key() for cb in callbacks], _digest(net)])
+    key = content_id([net.arch.id, r.id, data.checksum, seed, device.type, [cb.key() for cb in callbacks], tensors_digest(net.state_dict())])
     saver, hint = Saver(checkpoint, (net, opt, callbacks, key), seconds), f"take fewer images a step than {r.batch}{', precision bf16' if r.precision == 'fp32' else ''}, a narrower network, or fewer workers"
     with repeatable(device), memory_told(hint), compile_told(r.compile), postponed() as noted:
         t = _Training(net, data, r, opt, callbacks, seed, saver, noted)
         for epoch, part in steps_of(r, len(data.train)).items():
             if epoch > t.done: t.run_epoch(epoch, part, report)
         return t.end()
-
-# %% ../../nbs/training/loop.ipynb #1e8b141d
-def _digest(net:nn.Module) -> str:
-    "SHA-256 of the weights that a training starts from"
-    digest = hashlib.sha256()
-    for v in net.state_dict().values(): digest.update(v.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 # %% ../../nbs/training/loop.ipynb #3d133168
 _CLOCKS = ("seconds", "device_seconds", "joules")
@@ -240,13 +232,12 @@ def _cost(self:_Training) -> Cost:
     nonzero = count(self.net, self.net.arch.input).nonzero_macs
     return Cost(**{k: last[k] for k in ("macs", "images", "steps", *_CLOCKS) if k in last}, nonzero_macs=3*nonzero*last.get("images", 0))
 
-# %% ../../nbs/training/loop.ipynb #ea884c6f
+# %% ../../nbs/training/loop.ipynb #30678b00
 @patch
 def end(self:_Training) -> History:
     "Read the test images and close the books"
     rows, d, meter = self.place.rows, self.data, Meter(self.meter.device)
-    logits = logits_of(self.net, d.test, d, precision=self.r.precision)
-    found = {f"test_{k}": v for k, v in scores(logits, d.test.labels, d.classes).items()}
-    val = (rows[-1]["val_loss"], rows[-1]["val_acc"]) if rows else evaluate(self.net, d.val, d, precision=self.r.precision)
+    val = (rows[-1]["val_loss"], rows[-1]["val_acc"]) if rows else None
+    found, said = judged(self.net, d, self.r.precision, val)
     best = dict(best_test_acc=max(row["test_acc"] for row in rows)) if self.r.peek and rows else {}
-    return History(rows, {**found, **best, "val_loss": val[0], "val_acc": val[1]}, self._cost() + meter.read(), logits.argmax(1).cpu())
+    return History(rows, {**found, **best}, self._cost() + meter.read(), said)
