@@ -14,7 +14,8 @@ from rethink_nb.testing.sweeps import amounts_of, needs_of, sweep_archs
 from rethink_nb.testing.toys import random_bn, toy_archs, toy_images
 
 ARCHS = sweep_archs()
-SWEEP = [(m, a, str(r)) for m in methods.names() for a in ARCHS for r in amounts_of(m)]
+# methods that look at images take long in double precision: on larger networks they are asked once
+SWEEP = [(m, a, str(r)) for m in methods.names() for a in ARCHS for r in amounts_of(m) if r == {"ratio": .4} or "batches" not in methods.info(m).needs or a in toy_archs()]
 
 
 def steps(net, callbacks, n=2):
@@ -31,6 +32,9 @@ def steps(net, callbacks, n=2):
     return net
 
 
+def sized(a): return a.widths, {s.site: len(s.channels) for s in a.selections}
+
+
 @pytest.mark.parametrize("method,arch,asked", SWEEP)
 def test_every_method_on_every_family(method, arch, asked, tmp_path):
     a, asked = ARCHS[arch], next(r for r in amounts_of(method) if str(r) == asked)
@@ -43,7 +47,7 @@ def test_every_method_on_every_family(method, arch, asked, tmp_path):
     assert p.arch == p.net.arch and count(p.net, a.input).params == p.after.params == sum(q.numel() for q in p.net.parameters())
     try: known = methods.pruned_arch(method, a, **asked, **{k: v for k, v in needs_of(method, a).items() if k == "min_keep"})
     except UserError: assert methods.info(method).options["scope"] == "global" # widths are found in weights
-    else: assert p.arch.replace(constants=()) == known # constants depend on weights
+    else: assert p.arch.replace(constants=()) == known or sized(p.arch) == sized(known) and known.selections != a.selections # constants depend on weights, and which channels of a stream are read
     assert Plan.from_dict(p.plan.to_dict()) == p.plan and Arch.from_dict(p.arch.to_dict()) == p.arch
     if asked.get("ratio") == 0: assert p.arch == a and all(torch.equal(t, p.whole().state_dict()[k]) for k, t in p.net.state_dict().items())
     if asked.get("ratio") != .4: return
@@ -93,13 +97,13 @@ def test_sensitivity_of_every_structured_method(method, arch):
     "A row a site and ratio; the unpruned network first; one site alone gets smaller, and by what it holds"
     a = toy_archs()[arch]
     net = random_bn(a.build(seed=1), seed=2)
-    given = {k: v for k, v in needs_of(method, a).items() if k == "init"} | (dict(level="filter") if "level" in methods.info(method).options else {})
-    if (method, arch) == ("slimming", "densenet"): # whose batch norms scale what is read, never what is made
-        with pytest.raises(UserError, match="slimming has no scores"): sensitivity(net, lambda n: 0, [.3], method=method)
+    given = {k: v for k, v in needs_of(method, a).items() if k in methods.info(method).needs} | (dict(level="filter") if "level" in methods.info(method).options else {})
+    if method in ("slimming", "thinet", "regression") and arch == "densenet": # where these look at what is read, never at what is made
+        with pytest.raises(UserError, match="slimming has no scores|is read by several layers"): sensitivity(net, lambda n: 0, [.3], method=method, **given)
         return
     found = sensitivity(net, lambda n: sum(p.numel() for p in n.parameters()), [.3, .7], method=method, **given)
     whole = sum(p.numel() for p in net.parameters())
     assert set(found[found.ratio == 0].value) == {whole} and (found.groupby("site").size() == 3).all()
     assert found.groupby("site").value.is_monotonic_decreasing.all() and (found[found.kept < found.width].value < whole).all()
     streams = {s.name for s in a.sites() if s.kind == "stream"}
-    assert (set(found.site) >= streams) == (method != "slimming" or not streams)
+    assert (set(found.site) >= streams) == (method not in ("slimming", "thinet", "regression") or not streams)

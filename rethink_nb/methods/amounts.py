@@ -47,19 +47,20 @@ def round_up(
     if not 0 <= n <= at_most: raise UserError(f"{n} channels of {at_most}: give a number from 0 to {at_most}")
     return min(ceil(n/multiple)*multiple, at_most)
 
-# %% ../../nbs/methods/amounts.ipynb #f96dbb19
+# %% ../../nbs/methods/amounts.ipynb #d1e82c17
 def counts_by_ratio(
     arch:Arch,
     ratio, # one fraction removed, or one a stage
     skip:Iterable[str]=(), # names of sites that stay whole
     mode:str="exact",
     sites:Callable[[Arch], list[Site]] | None=None, # which sites give; None: inner ones
+    min_keep:int=0, # channels that stay at every site in any case
 ) -> dict[str, int]:
     "Channels kept at every such site; one left empty is refused by name, unless its block can become its shortcut"
     per_stage = list(ratio) if isinstance(ratio, (list, tuple)) else [ratio]*len(arch.stages)
     if len(per_stage) != len(arch.stages): raise UserError(f"{len(per_stage)} ratios for {len(arch.stages)} stages: give one a stage")
     for name in skip: arch.site(name)
-    counts = {s.name: s.width if s.name in skip else kept_of(s.width, per_stage[s.stage - 1], mode) for s in (sites or inner_sites)(arch)}
+    counts = {s.name: s.width if s.name in skip else min(s.width, max(min_keep, kept_of(s.width, per_stage[s.stage - 1], mode))) for s in (sites or inner_sites)(arch)}
     return none_empty(arch, counts, f"ratio {', '.join(f'{r:g}' for r in dict.fromkeys(per_stage))}")
 
 # %% ../../nbs/methods/amounts.ipynb #6d8eb4f2
@@ -104,10 +105,10 @@ def check_fraction(fraction, of:str):
     "Refuse what is no fraction of a cost that stays"
     if isinstance(fraction, (str, bool)) or not 0 < fraction <= 1: raise UserError(f"{of} {fraction} is outside (0, 1]: give the fraction of {of} that stays")
 
-# %% ../../nbs/methods/amounts.ipynb #b02d0d01
-def _steps_around(arch:Arch, cost:int, of:str) -> tuple[dict[str, int], dict[str, int]]:
+# %% ../../nbs/methods/amounts.ipynb #257a6d92
+def _steps_around(arch:Arch, cost:int, of:str, sites:Callable=inner_sites) -> tuple[dict[str, int], dict[str, int]]:
     "Counts of the last multiplier step that costs no more than `cost`, and of the next one"
-    at = lambda a: {s.name: max(1, floor(a*s.width + .5)) for s in inner_sites(arch)}
+    at = lambda a: {s.name: max(1, floor(a*s.width + .5)) for s in sites(arch)}
     lo, hi = 0., 1.
     for _ in range(40): # far below the distance of any two steps
         mid = (lo + hi)/2
@@ -123,24 +124,25 @@ def uniform_counts(
     "Channels per inner site under one multiplier, as near to the cost as its steps allow"
     return min(reversed(_steps_around(arch, cost, of)), key=lambda counts: abs(cost_of(arch, counts, of) - cost))
 
-# %% ../../nbs/methods/amounts.ipynb #580bb4a5
+# %% ../../nbs/methods/amounts.ipynb #f05eb07e
 def counts_by_cost(
     arch:Arch,
     fraction:float, # of the cost that stays, in (0, 1]
     of:str="macs",
+    sites:Callable[[Arch], list[Site]]=inner_sites, # which sites give
 ) -> dict[str, int]:
     "Counts near one multiplier whose cost is within one channel of what was asked; a fraction that no such network reaches is refused"
-    full, least = cost_of(arch, {}, of), cost_of(arch, {s.name: 1 for s in inner_sites(arch)}, of)
+    full, least = cost_of(arch, {}, of), cost_of(arch, {s.name: 1 for s in sites(arch)}, of)
     check_fraction(fraction, of)
-    if fraction*full < least: raise UserError(f"{of} {fraction}: with one channel at every inner site {least/full:.3g} of the {of} still stay")
-    counts, wider = _steps_around(arch, round(fraction*full), of)
+    if fraction*full < least: raise UserError(f"{of} {fraction}: with one channel at every site that gives {least/full:.3g} of the {of} still stay")
+    counts, wider = _steps_around(arch, round(fraction*full), of, sites)
     for name in wider:
         more = counts | {name: wider[name]}
         if (above := cost_of(arch, more, of)) > fraction*full: return more if above - fraction*full < fraction*full - cost_of(arch, counts, of) else counts
         counts = more
     return counts
 
-# %% ../../nbs/methods/amounts.ipynb #74778bb6
+# %% ../../nbs/methods/amounts.ipynb #88559121
 def kept_counts(
     arch:Arch,
     ratio=None, # fraction removed, or one a stage
@@ -151,16 +153,20 @@ def kept_counts(
     skip:Iterable[str]=(), # with `ratio`: sites that stay whole
     mode:str="exact", # with `ratio`: how fractions are counted
     multiple:int=1, # not with `target` or `widths`: round what is kept up to a multiple of this, which runs faster (`arch.measure` shows it)
-    sites:Callable[[Arch], list[Site]] | None=None, # with `ratio`: which sites give; None: inner ones
+    sites:Callable[[Arch], list[Site]] | None=None, # with `ratio` or a cost: which sites give; None: inner ones
+    min_keep:int=0, # with `ratio` or a cost: channels that stay at every site in any case
+    inputs:bool=False, # with `widths`: they may name what blocks read from streams
 ) -> dict[str, int]:
     "Channels kept by site, from exactly one amount"
     amount = one_amount(ratio=ratio, target=target, widths=widths, macs=macs, params=params)
     if ratio is None and (skip or mode != "exact"): raise UserError(f"skip and mode go with a ratio, not with {amount}")
+    if min_keep and amount in ("target", "widths"): raise UserError(f"min_keep goes with a ratio or a cost, not with {amount}")
+    if min_keep < 0: raise UserError(f"min_keep {min_keep}: give channels that stay in every site, 0 or more")
     if multiple != 1 and amount in ("target", "widths"): raise UserError(f"multiple goes with a ratio or a cost: {amount} says its numbers itself")
     if target is not None: return target_widths(arch, target)
-    if widths is not None: return _kept_widths(arch, widths)
-    counts = counts_by_ratio(arch, ratio, skip, mode, sites) if ratio is not None else counts_by_cost(arch, macs if params is None else params, amount)
-    return {name: round_up(n, multiple, arch.site(name).width) for name, n in counts.items()}
+    if widths is not None: return _kept_widths(arch, widths, inputs)
+    counts = counts_by_ratio(arch, ratio, skip, mode, sites, min_keep) if ratio is not None else counts_by_cost(arch, macs if params is None else params, amount, sites or inner_sites)
+    return {name: round_up(min(max(n, min_keep), arch.site(name).width), multiple, arch.site(name).width) for name, n in counts.items()}
 
 # %% ../../nbs/methods/amounts.ipynb #684f20f8
 AMOUNTS = ("ratio", "target", "widths", "macs", "params")
@@ -171,11 +177,11 @@ def one_amount(**amounts) -> str:
     if len(given) != 1: raise UserError(f"give one of {', '.join(AMOUNTS)}: {', '.join(given) or 'none'} given")
     return given[0]
 
-# %% ../../nbs/methods/amounts.ipynb #9e5e72b8
-def _kept_widths(arch:Arch, widths:dict[str, int]) -> dict[str, int]:
+# %% ../../nbs/methods/amounts.ipynb #20ed1d9e
+def _kept_widths(arch:Arch, widths:dict[str, int], inputs:bool) -> dict[str, int]:
     "Widths asked for by name, streams among them; other inner sites stay whole"
     for name, n in widths.items():
         site = arch.site(name)
-        if site.of: raise UserError(f"{name} selects channels of {' and '.join(site.of)}: say which ones in a Plan")
-        if not 0 <= n <= site.width: raise UserError(f"{name} has {site.width} channels: {n} cannot stay")
+        if site.of and not (inputs and site.kind == "in"): raise UserError(f"{name} selects channels of {' and '.join(site.of)}: say which ones in a Plan")
+        if not (1 if site.of else 0) <= n <= site.width: raise UserError(f"{name} has {site.width} channels: {n} cannot stay")
     return {s.name: s.width for s in inner_sites(arch)} | widths

@@ -46,7 +46,7 @@ class Choice:
     masks: dict[str, torch.Tensor] = field(default_factory=dict) # bool, by parameter name: weights that stay
     weights: dict[str, torch.Tensor] | None = None # parameters and buffers of full size to go on with; None: the network's own
 
-# %% ../../nbs/methods/base.ipynb #7b66c035
+# %% ../../nbs/methods/base.ipynb #5b2b9531
 @dataclass(frozen=True)
 class Method:
     "A pruning method: what it is, and the function that chooses"
@@ -62,19 +62,20 @@ class Method:
     version: int = 1 # raise it when results change; it is part of every run's id
     refuses: Callable = field(default=lambda arch: "", compare=False) # arch -> why the method cannot serve it; empty when it can
     callbacks: Callable = field(default=lambda: (), compare=False) # (**options) -> what it adds to the training of the network that it prunes
-    rounds: Callable | None = field(default=None, compare=False) # (ratio, rounds, options) -> the ratio of each round; None: one step only
+    rounds: Callable | None = field(default=None, compare=False) # (ratio, rounds, options, arch) -> what is asked of each round, a ratio or a request by name; None: one step only
 
-# %% ../../nbs/methods/base.ipynb #3b5889d5
+# %% ../../nbs/methods/base.ipynb #c7ea93b9
 CHANNEL_OPTIONS = dict(skip=(), mode="exact", multiple=1) # see `kept_counts`
 
 def channels_asked(
     arch:Arch,
     amount:dict[str, Any],
-    options:dict[str, Any], # of which those of `CHANNEL_OPTIONS` count
+    options:dict[str, Any], # of which those of `CHANNEL_OPTIONS` count, and min_keep
     sites:Callable | None=None, # arch -> the sites that give; None: inner ones
+    inputs:bool=False, # explicit widths may name what blocks read from streams
 ) -> dict[str, int]:
     "Channels kept by site, as `kept_counts` has them"
-    return kept_counts(arch, **amount, **{k: options[k] for k in CHANNEL_OPTIONS if k in options}, sites=sites)
+    return kept_counts(arch, **amount, **{k: options[k] for k in (*CHANNEL_OPTIONS, "min_keep") if k in options}, sites=sites, inputs=inputs)
 
 # %% ../../nbs/methods/base.ipynb #538c142b
 methods = Registry("method", "one of your own: --plugin file.py, or methods.load_plugin(file)")
@@ -183,7 +184,7 @@ def plan_of(m:Method, arch:Arch, choice:Choice, asked:dict[str, Any], seed:int) 
     return Plan(parent=arch.id, keep=keep, scores=scores, masks={k: pack(v) for k, v in choice.masks.items()},
                 method=m.name, version=m.version, options={**plain, "seed": seed})
 
-# %% ../../nbs/methods/base.ipynb #50a1b949
+# %% ../../nbs/methods/base.ipynb #9692ae8f
 def _in_rounds(m:Method, net:nn.Module, ratio, rounds:int, retrain, given:dict) -> Pruned:
     "Prune, retrain, prune again; the costs before are those of the first network"
     if m.rounds is None: raise UserError(f"{m.name} prunes in one step: leave rounds out")
@@ -192,8 +193,9 @@ def _in_rounds(m:Method, net:nn.Module, ratio, rounds:int, retrain, given:dict) 
     if isinstance(ratio, (list, tuple)) or ratio is None: raise UserError("rounds go with one ratio for all")
     check_ratio(ratio)
     options, first = {**m.options, **{k: v for k, v in given.items() if k in m.options}}, None
-    for k, part in enumerate(m.rounds(ratio, rounds, options), 1):
-        p = prune(m.name, net, part, **given)
+    if given["batches"] is not None: given["batches"] = list(given["batches"]) # each round goes over them
+    for k, part in enumerate(m.rounds(ratio, rounds, options, arch_of(net)), 1):
+        p = prune(m.name, net, **{**given, **(part if isinstance(part, dict) else dict(ratio=part))})
         first = first or p
         if k == rounds: return p.since(first)
         # the start of the next round is that of this one, less what is gone; copied, since p.net may be trained in place

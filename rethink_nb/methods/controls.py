@@ -26,14 +26,10 @@ def choose_random(net:nn.Module, ask:Ask) -> Choice:
     draw = lambda name, n: torch.randperm(net.arch.site(name).width, generator=generator(ask.seed, "random-channels", name))[:n]
     return Choice({name: tuple(sorted(draw(name, n).tolist())) for name, n in ask.counts.items()})
 
-# %% ../../nbs/methods/controls.ipynb #681416d8
+# %% ../../nbs/methods/controls.ipynb #0cd341ca
 def random_counts(arch:Arch, amount:dict, options:dict) -> dict[str, int]:
     "Channels kept by site; explicit widths may name selections from streams"
-    widths = amount.get("widths", {})
-    selections = {n: k for n, k in widths.items() if arch.site(n).kind == "in"}
-    for n, k in selections.items():
-        if not 1 <= k <= arch.site(n).width: raise UserError(f"{n} selects from {arch.site(n).width} channels: {k} cannot stay")
-    return channels_asked(arch, dict(widths={n: k for n, k in widths.items() if n not in selections}) if widths else amount, options) | selections
+    return channels_asked(arch, amount, options, inputs=True)
 
 # %% ../../nbs/methods/controls.ipynb #519561b5
 register(Method("random-channels", "Random channels of the same widths", "control", "control (Li et al., Revisiting Random Channel Pruning, CVPR 2022)", choose_random, random_counts));

@@ -31,8 +31,8 @@ def _counts(arch:Arch, amount:dict, options:dict) -> dict[str, int]:
     if "ratio" not in amount: raise UserError(f"lottery at the level of weights goes by a ratio; level='filter' knows {', '.join(amount)}")
     return weight_counts(arch, amount, options)
 
-# %% ../../nbs/methods/lottery.ipynb #d9738b76
-def ticket_rounds(ratio:float, rounds:int, options:dict) -> list[float]:
+# %% ../../nbs/methods/lottery.ipynb #b821691f
+def ticket_rounds(ratio:float, rounds:int, options:dict, arch:Arch | None=None) -> list[float]:
     "As for single weights, or for channels"
     return (weight_rounds if options["level"] == "weight" else channel_rounds)(ratio, rounds, options)
 

@@ -76,11 +76,12 @@ def weight_counts(arch:Arch, amount:dict, options:dict) -> dict[str, int]:
     _removed(0., options.get("mode", "exact"), options.get("of", "all"), 1, 1)
     return {}
 
-# %% ../../nbs/methods/magnitude.ipynb #1fad4e5a
+# %% ../../nbs/methods/magnitude.ipynb #7142f09d
 def weight_rounds(
     ratio:float, # fraction of all weights removed in the end
     rounds:int,
     options:dict | None=None, # the method's: `of` says what each ratio is a fraction of
+    arch:Arch | None=None, # before the first
 ) -> list[float]: # of all weights, gone after each round; or of those remaining, going in each
     "What is left falls by one factor a round"
     if (options or {}).get("of") == "remaining": return channel_rounds(ratio, rounds)

@@ -126,11 +126,12 @@ def _check_global(arch:Arch, options:dict):
     round_up(0, options["multiple"], 0)
     if options["min_keep"] < 0: raise UserError(f"min_keep {options['min_keep']}: give channels that stay in every site, 0 or more")
 
-# %% ../../nbs/methods/ranking.ipynb #7b99474b
+# %% ../../nbs/methods/ranking.ipynb #a2061240
 def channel_rounds(
     ratio:float, # fraction of the channels removed in the end
     rounds:int,
     options:dict | None=None, # the method's
+    arch:Arch | None=None, # before the first
 ) -> list[float]: # of what is there at each round
     "The same fraction of what is left, so many times"
     return [1 - (1 - ratio)**(1/rounds)]*rounds

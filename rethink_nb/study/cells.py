@@ -46,7 +46,7 @@ def _added(s:Study) -> dict:
     "The fields of a training in which the method takes part"
     return dict(method=s.method, version=methods.get(s.method).version, request=s.training_options) if callbacks(s.method, **s.training_options) else {}
 
-# %% ../../nbs/study/cells.ipynb #5d6e847d
+# %% ../../nbs/study/cells.ipynb #7f7d2a5b
 @patch
 def prune_run(self:Study, method:str, ratio:float, seed:int, recipe:Recipe | None=None) -> Run:
     "The pruning of a parent, trained by `recipe` or the study's, by the method under trial or by a control"
@@ -54,15 +54,16 @@ def prune_run(self:Study, method:str, ratio:float, seed:int, recipe:Recipe | Non
     run = None
     for part in _parts(self, ratio):
         start = self.parent_run(seed, recipe) if run is None else Run(kind="train", data=run.data, arch=None, recipe=self.between, start=run, seed=seed, **_added(self))
-        run = Run(kind="prune", data=start.data, arch=start.arch, method=method, version=methods.get(method).version, request=self.request(part),
+        run = Run(kind="prune", data=start.data, arch=start.arch, method=method, version=methods.get(method).version, request=part,
                   start=start, init=self.early_run(seed) if run is None else None, seed=seed)
     return run
 
-# %% ../../nbs/study/cells.ipynb #9b74a11d
-def _parts(s:Study, ratio:float) -> list[float]:
-    "The ratio of each round"
+# %% ../../nbs/study/cells.ipynb #130d7f49
+def _parts(s:Study, ratio:float) -> list[dict]:
+    "What is asked of the method in each round"
     m = methods.get(s.method)
-    return [ratio] if s.rounds == 1 else m.rounds(ratio, s.rounds, {**m.options, **s.request(ratio)})
+    parts = [ratio] if s.rounds == 1 else m.rounds(ratio, s.rounds, {**m.options, **s.request(ratio)}, s.base)
+    return [{**s.request(ratio), **(part if isinstance(part, dict) else dict(ratio=part))} for part in parts]
 
 # %% ../../nbs/study/cells.ipynb #1953ec17
 @patch(as_prop=True)

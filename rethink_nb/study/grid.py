@@ -109,7 +109,7 @@ class Study(Record, frozen=True, dict=True):
         _check_method(self)
         _check_parent(self)
 
-# %% ../../nbs/study/grid.ipynb #00371e6b
+# %% ../../nbs/study/grid.ipynb #2fdf0bce
 def _check_names(s:Study):
     "Refuse names that nothing has, and lists that are empty or name a thing twice"
     for registry, n in ((datasets, s.data), (networks, s.arch), (methods, s.method), *([(recipes, s.recipe_name)] if s.recipe_name else [])): registry.get(n)
@@ -121,7 +121,6 @@ def _check_names(s:Study):
     m, known = methods.get(s.method), _option_defaults(s)
     for k in s.options:
         if k not in known: raise UserError(f"{s.method} has no option {k!r}: there are {', '.join(known) or 'none'}")
-    if "batches" in m.needs: raise UserError(f"{s.method} needs images while it prunes, which no study hands over yet: use methods.prune")
 
 # %% ../../nbs/study/grid.ipynb #a0850279
 def _option_defaults(s:Study) -> dict:
@@ -196,11 +195,18 @@ def prunes(self:Study) -> str:
     "What goes: `channels`, `weights`, or, with a return to the start, `tickets`"
     return "tickets" if "init" in methods.get(self.method).needs else "weights" if self.counts == {} else "channels"
 
-# %% ../../nbs/study/grid.ipynb #0f452142
+# %% ../../nbs/study/grid.ipynb #99c90dd5
 @patch(as_prop=True)
 def known(self:Study) -> bool:
     "Whether the pruned architecture is known before anything is trained"
-    return bool(self.counts) and self.rounds == 1 and self.prunes == "channels"
+    picked = any(self.base.site(n).kind == "in" and k < self.base.site(n).width for n, k in (self.counts or {}).items()) # which channels of a stream, only weights say
+    return bool(self.counts) and not picked and (self.rounds == 1 or _sitewise(self)) and self.prunes == "channels"
+
+# %% ../../nbs/study/grid.ipynb #e044407a
+def _sitewise(s:Study) -> bool:
+    "Whether rounds take other sites in turn, so that each gives once and the widths in the end are those of a single step"
+    m, request = methods.get(s.method), s.request(s.ratios[0])
+    return isinstance(m.rounds(s.ratios[0], s.rounds, {**m.options, **request}, s.base)[0], dict)
 
 # %% ../../nbs/study/grid.ipynb #2f17174c
 @patch

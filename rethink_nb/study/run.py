@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['data_of', 'check_data', 'execute', 'subject_of', 'recipe_of', 'asked_of', 'adopt', 'start_worker', 'work']
 
-# %% ../../nbs/study/run.ipynb #a8fe409d
+# %% ../../nbs/study/run.ipynb #174131d8
 import json, os, signal, threading
 from functools import lru_cache
 from multiprocessing import connection, parent_process
@@ -25,6 +25,7 @@ from .given import given_net, weights_digest
 from .step import DataRef, Run
 from .store import Store
 from ..surgery.cut import cut, fresh
+from ..training.augment import plain_batches
 from ..training.data import Data, load_data
 from ..training.device import Meter, pick_device, repeatable
 from ..training.ledger import epoch_steps
@@ -110,12 +111,14 @@ def _epochs(steps:int, r:Recipe, images:int) -> int | float:
     n = steps/max(1, epoch_steps(images, r.batch))
     return int(n) if n == int(n) else round(n, 2)
 
-# %% ../../nbs/study/run.ipynb #40b1132a
-def asked_of(run:Run, store:Store) -> dict:
-    "What a pruning asks of its method: its request, and what lies in earlier runs"
+# %% ../../nbs/study/run.ipynb #901925ee
+def asked_of(run:Run, store:Store, data:Data) -> dict:
+    "What a pruning asks of its method: its request, what lies in earlier runs, and training images where it looks at some"
     asked, before = dict(run.request), run.start.start # the pruning of the round before, if there was one
     if before: asked["masks"] = store.masks(before.id)
-    if "init" in methods.get(run.method).needs:
+    m = methods.get(run.method)
+    if "batches" in m.needs: asked["batches"] = plain_batches(data, {**m.options, **run.request}.get("images", 1000), run.seed)
+    if "init" in m.needs:
         earlier = before or run.init # a later round goes back to what is left of the first start
         asked["init"] = store.network(earlier.id) if earlier else fresh(run.start.arch, seed=run.start.seed)
     return asked | (_as_found(run, store) if run.shape else {})
@@ -127,10 +130,10 @@ def _as_found(run:Run, store:Store) -> dict:
     small = store.arch(run.shape.id)
     return dict(widths={s.name: small.site(s.name).width for s in run.arch.sites() if s.kind in ("inner", "in") and small.site(s.name).width < s.width})
 
-# %% ../../nbs/study/run.ipynb #97d040f7
+# %% ../../nbs/study/run.ipynb #dc895d4c
 def _prune(run:Run, store:Store, data:Data, device:torch.device) -> dict:
     meter = Meter(torch.device("cpu")) # where cutting is done
-    whole, asked = store.network(run.start.id), asked_of(run, store)
+    whole, asked = store.network(run.start.id), asked_of(run, store, data)
     try: p = prune(run.method, whole, seed=run.seed, **asked)
     except UserError as e: return store.fail(run, str(e), str(device)) # trained weights would leave a layer empty, say
     verdict, cost = p.verify(), meter.read()

@@ -19,16 +19,17 @@ def sweep_archs() -> dict[str, Arch]:
     narrow = {n: zoo.arch(n, width=w) for n, w in (("vgg16", .125), ("vgg16-lottery", .125), ("vgg11", .125), ("preresnet20", .5), ("resnet50-lottery", .5))}
     return {**toys, **late, **narrow, "densenet-bc": zoo.densenet(3, compression=2, bottleneck=True), "resnet20": zoo.arch("resnet20"), "resnet20-detached": zoo.arch("resnet20", detach_shortcut=True)}
 
-# %% ../../nbs/testing/sweeps.ipynb #4ab80fde
+# %% ../../nbs/testing/sweeps.ipynb #385ffed2
 def needs_of(
     method:str,
     arch:Arch,
 ) -> dict: # arguments of `prune` beyond network and amount
     "What a method needs on a toy, from its record"
     m, given = methods.get(method), {}
-    if "batches" in m.needs: given["batches"] = [(toy_images(16, arch, seed=s), None) for s in range(2)]
+    if "batches" in m.needs: given["batches"] = [(toy_images(10, arch, seed=s), None) for s in range(2)]
+    if "draws" in m.options: given["draws"] = 40 # few images, many places
     if "init" in m.needs: given["init"] = arch.build(seed=99)
-    if m.options.get("scope") == "global" and "min_keep" in m.options: given["min_keep"] = 1
+    if "min_keep" in m.options and (m.options.get("scope") == "global" or "batches" in m.needs): given["min_keep"] = 1
     return given
 
 # %% ../../nbs/testing/sweeps.ipynb #777c369b
