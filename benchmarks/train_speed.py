@@ -1,6 +1,6 @@
 """How fast the training loop is: beside a loop written the customary way, and beside the bare step, in one run.
 
-    python benchmarks/train_speed.py [--networks resnet56,vgg16,densenet40] [--batches 64,128,512] [--rounds 5] [--precision bf16] [--compile default] [--device auto] [--machine] [--out FILE.json]
+    python benchmarks/train_speed.py [--networks resnet56,vgg16,densenet40] [--batches 64,128,512] [--rounds 5] [--precision auto] [--compile default] [--device auto] [--machine] [--out FILE.json]
 
 Three loops train the same network on as many images of CIFAR's shape (random ones: speed does not ask what they show):
 
@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from rethink_nb.arch import zoo
 from rethink_nb.training.data import Data, Split
-from rethink_nb.training.device import autocast, pick_device
+from rethink_nb.training.device import autocast, best_precision, pick_device
 from rethink_nb.training.loop import optimiser, train_epoch
 from rethink_nb.training.recipe import recipe
 
@@ -153,7 +153,7 @@ def main():
     p.add_argument("--batches", default="64,128,512")
     p.add_argument("--rounds", type=int, default=5)
     p.add_argument("--images", type=int, default=512, help="of one turn, at least two batches")
-    p.add_argument("--precision", default="bf16")
+    p.add_argument("--precision", default="auto", help="bf16, fp32, or what is fastest on this device")
     p.add_argument("--device", default="auto")
     p.add_argument("--machine", action="store_true", help="compare whole machines too, at the first batch size")
     p.add_argument("--compile", default="", help="time our loop compiled in this mode, too")
@@ -161,6 +161,7 @@ def main():
     p.add_argument("--append", action="store_true", help="keep the rows of other networks that the file has")
     args = p.parse_args()
     device, batches = pick_device(args.device), [int(b) for b in args.batches.split(",")]
+    if args.precision == "auto": args.precision = best_precision(device)
     if device.type == "cpu": torch.set_num_threads(1)
     result = dict(date=str(date.today()), torch=torch.__version__, python=platform.python_version(), cores=os.cpu_count(), cpu=torch.backends.cpu.get_cpu_capability(),
                   device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu", threads=torch.get_num_threads(), precision=args.precision, rounds=args.rounds, rows=[])

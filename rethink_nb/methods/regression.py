@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['REGRESSION_OPTIONS', 'Design', 'design_of', 'LassoOf', 'Found', 'lasso_search', 'lasso_choice', 'choose_lasso']
 
-# %% ../../nbs/methods/regression.ipynb #62be3fa7
+# %% ../../nbs/methods/regression.ipynb #2bc9a9c5
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import sqrt
@@ -20,7 +20,7 @@ from ..core.seed import generator
 from .base import Ask, Choice, Method, register
 from .layerwise import LAYER_OPTIONS, choose_by_layer, layer_counts
 from .ranking import largest
-from .reconstruct import Layer, drawn_layer, solved
+from .reconstruct import Layer, solved
 
 # %% ../../nbs/methods/regression.ipynb #ce39941f
 @dataclass(frozen=True)

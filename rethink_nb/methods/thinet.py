@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VARIANTS', 'THINET_OPTIONS', 'backward_greedy', 'forward_greedy', 'greedy_choice', 'choose_thinet', 'site_rounds']
 
-# %% ../../nbs/methods/thinet.ipynb #0f71841d
+# %% ../../nbs/methods/thinet.ipynb #71b0bc54
 from collections.abc import Callable
 
 import torch
@@ -15,7 +15,7 @@ from ..arch.spec import Arch
 from ..core.errors import UserError
 from .base import Ask, Choice, Method, register
 from .layerwise import LAYER_OPTIONS, choose_by_layer, layer_counts, read_sites
-from .reconstruct import Layer, solved
+from .reconstruct import Layer
 
 # %% ../../nbs/methods/thinet.ipynb #d4644b5e
 def backward_greedy(

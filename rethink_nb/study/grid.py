@@ -109,7 +109,7 @@ class Study(Record, frozen=True, dict=True):
         _check_method(self)
         _check_parent(self)
 
-# %% ../../nbs/study/grid.ipynb #2fdf0bce
+# %% ../../nbs/study/grid.ipynb #cb60c186
 def _check_names(s:Study):
     "Refuse names that nothing has, and lists that are empty or name a thing twice"
     for registry, n in ((datasets, s.data), (networks, s.arch), (methods, s.method), *([(recipes, s.recipe_name)] if s.recipe_name else [])): registry.get(n)
@@ -118,7 +118,7 @@ def _check_names(s:Study):
     for what in ("ratios", "arms"):
         if not getattr(s, what): raise UserError(f"a study needs {what}")
         if len(set(getattr(s, what))) < len(getattr(s, what)): raise UserError(f"{what} {', '.join(map(str, getattr(s, what)))}: one stands twice")
-    m, known = methods.get(s.method), _option_defaults(s)
+    known = _option_defaults(s)
     for k in s.options:
         if k not in known: raise UserError(f"{s.method} has no option {k!r}: there are {', '.join(known) or 'none'}")
 

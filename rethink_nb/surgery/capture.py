@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['readers', 'gather_images', 'Seen', 'seen']
 
-# %% ../../nbs/surgery/capture.ipynb #7b16efe5
+# %% ../../nbs/surgery/capture.ipynb #93d2dd38
 from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,8 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..arch.rebuild import arch_of
-from ..arch.spec import Arch, Site
+from ..arch.spec import Arch
 from ..core.errors import UserError
 from ..core.seed import generator
 from .plan import owned
