@@ -142,7 +142,7 @@ def counts_by_cost(
         counts = more
     return counts
 
-# %% ../../nbs/methods/amounts.ipynb #88559121
+# %% ../../nbs/methods/amounts.ipynb #90765572
 def kept_counts(
     arch:Arch,
     ratio=None, # fraction removed, or one a stage
@@ -155,7 +155,7 @@ def kept_counts(
     multiple:int=1, # not with `target` or `widths`: round what is kept up to a multiple of this, which runs faster (`arch.measure` shows it)
     sites:Callable[[Arch], list[Site]] | None=None, # with `ratio` or a cost: which sites give; None: inner ones
     min_keep:int=0, # with `ratio` or a cost: channels that stay at every site in any case
-    inputs:bool=False, # with `widths`: they may name what blocks read from streams
+    inputs:bool=False, # with `widths`: they may name what blocks read from streams, or write to them
 ) -> dict[str, int]:
     "Channels kept by site, from exactly one amount"
     amount = one_amount(ratio=ratio, target=target, widths=widths, macs=macs, params=params)
@@ -177,11 +177,11 @@ def one_amount(**amounts) -> str:
     if len(given) != 1: raise UserError(f"give one of {', '.join(AMOUNTS)}: {', '.join(given) or 'none'} given")
     return given[0]
 
-# %% ../../nbs/methods/amounts.ipynb #20ed1d9e
+# %% ../../nbs/methods/amounts.ipynb #8c472b2e
 def _kept_widths(arch:Arch, widths:dict[str, int], inputs:bool) -> dict[str, int]:
     "Widths asked for by name, streams among them; other inner sites stay whole"
     for name, n in widths.items():
         site = arch.site(name)
-        if site.of and not (inputs and site.kind == "in"): raise UserError(f"{name} selects channels of {' and '.join(site.of)}: say which ones in a Plan")
+        if site.of and not (inputs and site.kind in ("in", "out")): raise UserError(f"{name} selects channels of {' and '.join(site.of)}: say which ones in a Plan")
         if not (1 if site.of else 0) <= n <= site.width: raise UserError(f"{name} has {site.width} channels: {n} cannot stay")
     return {s.name: s.width for s in inner_sites(arch)} | widths

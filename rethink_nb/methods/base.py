@@ -37,7 +37,7 @@ class Ask:
     masks: dict[str, torch.Tensor] | None = None # weights that are gone already (False), by parameter name
     init: dict[str, torch.Tensor] | None = None # parameters and buffers that the network once started from
 
-# %% ../../nbs/methods/base.ipynb #0356ba88
+# %% ../../nbs/methods/base.ipynb #dd730eb1
 @dataclass(frozen=True)
 class Choice:
     "What a method keeps"
@@ -45,6 +45,7 @@ class Choice:
     scores: dict[str, Any] = field(default_factory=dict) # a score a channel by site, if there are scores
     masks: dict[str, torch.Tensor] = field(default_factory=dict) # bool, by parameter name: weights that stay
     weights: dict[str, torch.Tensor] | None = None # parameters and buffers of full size to go on with; None: the network's own
+    constants: bool = False # True: filters go and leave their batch norms' shifts behind, see `Plan`
 
 # %% ../../nbs/methods/base.ipynb #5b2b9531
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Method:
     callbacks: Callable = field(default=lambda: (), compare=False) # (**options) -> what it adds to the training of the network that it prunes
     rounds: Callable | None = field(default=None, compare=False) # (ratio, rounds, options, arch) -> what is asked of each round, a ratio or a request by name; None: one step only
 
-# %% ../../nbs/methods/base.ipynb #c7ea93b9
+# %% ../../nbs/methods/base.ipynb #702f3fb4
 CHANNEL_OPTIONS = dict(skip=(), mode="exact", multiple=1) # see `kept_counts`
 
 def channels_asked(
@@ -72,7 +73,7 @@ def channels_asked(
     amount:dict[str, Any],
     options:dict[str, Any], # of which those of `CHANNEL_OPTIONS` count, and min_keep
     sites:Callable | None=None, # arch -> the sites that give; None: inner ones
-    inputs:bool=False, # explicit widths may name what blocks read from streams
+    inputs:bool=False, # explicit widths may name what blocks read from streams, or write to them
 ) -> dict[str, int]:
     "Channels kept by site, as `kept_counts` has them"
     return kept_counts(arch, **amount, **{k: options[k] for k in (*CHANNEL_OPTIONS, "min_keep") if k in options}, sites=sites, inputs=inputs)
@@ -175,13 +176,13 @@ def _bools(who:str, masks:dict[str, torch.Tensor]):
     for name, mask in masks.items():
         if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool: raise UserError(f"{who}: the mask for {name} is {getattr(mask, 'dtype', type(mask).__name__)}: give a tensor of bool, True stays")
 
-# %% ../../nbs/methods/base.ipynb #7ad12187
+# %% ../../nbs/methods/base.ipynb #f1a37768
 def plan_of(m:Method, arch:Arch, choice:Choice, asked:dict[str, Any], seed:int) -> Plan:
     "A choice as a plain value that says how it was asked"
     plain = {k: list(v) if isinstance(v, (tuple, set)) else v for k, v in asked.items()}
     scores = {name: tuple(s.tolist() if isinstance(s, torch.Tensor) else s) for name, s in choice.scores.items()}
     keep = {name: tuple(getattr(kept, "tolist", lambda: kept)()) for name, kept in choice.keep.items()}
-    return Plan(parent=arch.id, keep=keep, scores=scores, masks={k: pack(v) for k, v in choice.masks.items()},
+    return Plan(parent=arch.id, keep=keep, scores=scores, masks={k: pack(v) for k, v in choice.masks.items()}, constants=choice.constants,
                 method=m.name, version=m.version, options={**plain, "seed": seed})
 
 # %% ../../nbs/methods/base.ipynb #9692ae8f

@@ -31,7 +31,7 @@ class Cell:
     run: Run
     parent: Run # of its seed
 
-# %% ../../nbs/study/cells.ipynb #f71b6cba
+# %% ../../nbs/study/cells.ipynb #f98960a4
 @patch
 def parent_run(self:Study,
     seed:int,
@@ -39,21 +39,33 @@ def parent_run(self:Study,
 ) -> Run:
     "The training of the unpruned network, or the one that was brought along"
     if self.parent: return Run(kind="given", data=self.images, arch=self.base, recipe=self.recipe, weights=self.parent_sha256)
-    return Run(kind="train", data=self.images, arch=self.base, recipe=recipe or self.recipe, seed=seed, **_added(self))
+    return Run(kind="train", data=self.images, arch=self.base, recipe=recipe or self.recipe, seed=seed, **({} if self.trains_apart else _added(self, 0.)))
 
-# %% ../../nbs/study/cells.ipynb #488e8dba
-def _added(s:Study) -> dict:
+# %% ../../nbs/study/cells.ipynb #06e00874
+def _added(s:Study, ratio:float) -> dict:
     "The fields of a training in which the method takes part"
-    return dict(method=s.method, version=methods.get(s.method).version, request=s.training_options) if callbacks(s.method, **s.training_options) else {}
+    return dict(method=s.method, version=methods.get(s.method).version, request=s.training_request(ratio)) if callbacks(s.method, **s.training_request(ratio)) else {}
 
-# %% ../../nbs/study/cells.ipynb #7f7d2a5b
+# %% ../../nbs/study/cells.ipynb #f04e9ad3
+@patch
+def subject_run(self:Study,
+    ratio:float,
+    seed:int,
+    recipe:Recipe | None=None, # None: the study's
+) -> Run:
+    "The training whose network is pruned: the parent's, or one of its own"
+    if not self.trains_apart: return self.parent_run(seed, recipe)
+    start = self.parent_run(seed) if self.pretrained or self.parent else None
+    return Run(kind="train", data=self.images, arch=self.base, recipe=recipe or self.recipe_after, start=start, seed=seed, **_added(self, ratio))
+
+# %% ../../nbs/study/cells.ipynb #0d0c52f4
 @patch
 def prune_run(self:Study, method:str, ratio:float, seed:int, recipe:Recipe | None=None) -> Run:
     "The pruning of a parent, trained by `recipe` or the study's, by the method under trial or by a control"
     if method != self.method: return self.control_run(method, ratio, seed)
     run = None
     for part in _parts(self, ratio):
-        start = self.parent_run(seed, recipe) if run is None else Run(kind="train", data=run.data, arch=None, recipe=self.between, start=run, seed=seed, **_added(self))
+        start = self.subject_run(ratio, seed, recipe) if run is None else Run(kind="train", data=run.data, arch=None, recipe=self.between, start=run, seed=seed, **_added(self, ratio))
         run = Run(kind="prune", data=start.data, arch=start.arch, method=method, version=methods.get(method).version, request=part,
                   start=start, init=self.early_run(seed) if run is None else None, seed=seed)
     return run
@@ -65,20 +77,21 @@ def _parts(s:Study, ratio:float) -> list[dict]:
     parts = [ratio] if s.rounds == 1 else m.rounds(ratio, s.rounds, {**m.options, **s.request(ratio)}, s.base)
     return [{**s.request(ratio), **(part if isinstance(part, dict) else dict(ratio=part))} for part in parts]
 
-# %% ../../nbs/study/cells.ipynb #1953ec17
+# %% ../../nbs/study/cells.ipynb #5a5ba2b5
 @patch(as_prop=True)
 def between(self:Study) -> Recipe:
     "The training between two rounds"
-    return self.recipe.replace(skip=self.rewind) if self.prunes == "tickets" or _added(self) else fine_tune(self.recipe)
+    return self.recipe.replace(skip=self.rewind) if self.prunes == "tickets" or _added(self, self.ratios[0]) else fine_tune(self.recipe)
 
-# %% ../../nbs/study/cells.ipynb #760af2c6
+# %% ../../nbs/study/cells.ipynb #ce5b98c5
 @patch
 def first_run(self:Study,
+    ratio:float,
     seed:int,
     epochs:int, # how many
 ) -> Run:
-    "The first epochs of the parent's training, to whose weights an arm goes back"
-    return self.parent_run(seed, self.recipe.replace(first=epochs))
+    "The first epochs of the training of what is pruned, to whose weights an arm goes back"
+    return self.subject_run(ratio, seed, self.recipe_after.replace(first=epochs) if self.trains_apart else self.recipe.replace(first=epochs))
 
 # %% ../../nbs/study/cells.ipynb #ce5a1ecd
 @patch
@@ -95,14 +108,14 @@ def control_run(self:Study, method:str, ratio:float, seed:int) -> Run:
     small = pruned_arch(self.method, self.base, **self.request(ratio))
     return run.replace(request={"widths": {s.name: small.site(s.name).width for s in inner_sites(self.base)}})
 
-# %% ../../nbs/study/cells.ipynb #dcc11c9e
+# %% ../../nbs/study/cells.ipynb #0dd5c08d
 @patch
 def arm_run(self:Study, arm:Arm, ratio:float, seed:int) -> Run:
     "The run that answers an arm"
     if arm.start == "none": return self.parent_run(seed)
     start = self.prune_run(self.method if arm.start == "method" else arm.start, ratio, seed, arm.parent(self.recipe)) if arm.from_parent else None
     if not arm.trained: return start
-    back = dict(init=self.first_run(seed, self.recipe.epochs - arm.retraining(self.recipe))) if arm.rewound else {}
+    back = dict(init=self.first_run(ratio, seed, self.recipe.epochs - arm.retraining(self.recipe))) if arm.rewound else {}
     if not self.known: return self.found_run(arm, start, ratio, seed).replace(**back)
     small = pruned_arch(self.method, self.base, **self.request(ratio))
     r = arm.recipe(self.recipe, self.base.count().flops/small.count().flops, self.cap)

@@ -118,11 +118,13 @@ def spent_frame(cells:list[Cell], store:Store):
     rows = [dict(network=n, what=what, runs=1, **asdict(Cost(**(store.record(id) or {}).get("cost", {})))) for id, (n, what) in first.items()]
     return DataFrame(rows).groupby(["network", "what"], sort=False).sum()
 
-# %% ../../nbs/study/frames.ipynb #30e5058a
+# %% ../../nbs/study/frames.ipynb #594c6a11
 def _purpose(r:Run, c:Cell) -> str:
     "What a run was for, to a cell that hangs on it"
     if r.kind == "prune": return "pruning"
     if r is c.run: return c.arm
     if r.id == c.parent.id: return "parent"
-    if r.start: return "between rounds"
+    if r.start and r.start.kind == "prune": return "between rounds"
+    if c.parent.id in [x.id for x in r.befores()]: return "trained on by the method"
+    if r.method and r.id != c.parent.id and not c.parent.method: return "trained by the method"
     return "shorter parent" if r.recipe.stop is None and r.recipe.first is None else "parent's first steps"

@@ -65,7 +65,7 @@ def comparisons(
     own = [(a, b) for one, two in COMPARISONS for a in found for b in found if (found[a], found[b]) == (one, two) and fits(a, b)]
     return list(dict.fromkeys([*COMPARISONS, *own]))
 
-# %% ../../nbs/study/grid.ipynb #5ff70e25
+# %% ../../nbs/study/grid.ipynb #77534dc3
 class Study(Record, frozen=True, dict=True):
     "One network, one data set, one method: which arms, ratios and seeds to run, and when two arms count as equal"
     data: str # a data set's name
@@ -90,6 +90,7 @@ class Study(Record, frozen=True, dict=True):
     reference: bool = False # as the reference: no images held out, the test images looked at after each epoch, the best result beside the last
     parent: str = "" # a trained network to start from: its folder, or a .safetensors file with the weights of `arch`; one for all seeds
     parent_sha256: str = "" # over its weights; found out where it is empty
+    pretrained: str = "" # for a method that takes part in a training: that training starts from the plain parent, by this recipe; empty: from random weights
     schema: ClassVar[int] = 2 # 2: precision is "auto" unless it is given; it was "fp32"
 
     @classmethod
@@ -109,10 +110,10 @@ class Study(Record, frozen=True, dict=True):
         _check_method(self)
         _check_parent(self)
 
-# %% ../../nbs/study/grid.ipynb #cb60c186
+# %% ../../nbs/study/grid.ipynb #eff00669
 def _check_names(s:Study):
     "Refuse names that nothing has, and lists that are empty or name a thing twice"
-    for registry, n in ((datasets, s.data), (networks, s.arch), (methods, s.method), *([(recipes, s.recipe_name)] if s.recipe_name else [])): registry.get(n)
+    for registry, n in ((datasets, s.data), (networks, s.arch), (methods, s.method), *((recipes, n) for n in (s.recipe_name, s.pretrained) if n)): registry.get(n)
     for a in s.arms: arm(a)
     if not s.recipe_name and not has_recipe(s.data): raise UserError(f"{s.data} has no recipe of its own: name one by recipe_name=, such as cifar")
     for what in ("ratios", "arms"):
@@ -122,11 +123,21 @@ def _check_names(s:Study):
     for k in s.options:
         if k not in known: raise UserError(f"{s.method} has no option {k!r}: there are {', '.join(known) or 'none'}")
 
-# %% ../../nbs/study/grid.ipynb #a0850279
+# %% ../../nbs/study/grid.ipynb #32165b8c
+def _takes(m) -> dict:
+    "The parameters of what a method adds to a training"
+    return signature(m.callbacks).parameters
+
+@patch(as_prop=True)
+def trains_apart(self:Study) -> bool:
+    "Whether what is pruned is not the parent, but was trained with the method for its ratio, or from the parent"
+    return bool("ratio" in _takes(methods.get(self.method)) or self.pretrained)
+
+# %% ../../nbs/study/grid.ipynb #7f28262d
 def _option_defaults(s:Study) -> dict:
     "What the study's method goes by, when it prunes and while its parent trains"
     m = methods.get(s.method)
-    return {**m.options, **{k: None if p.default is p.empty else p.default for k, p in signature(m.callbacks).parameters.items()}}
+    return {**m.options, **{k: None if p.default is p.empty else p.default for k, p in _takes(m).items() if k != "ratio"}}
 
 # %% ../../nbs/study/grid.ipynb #51aafce3
 def _canonical(s:Study) -> dict:
@@ -147,12 +158,12 @@ def _check_study(s:Study):
     if s.cap is not None and not 1 <= s.cap < float("inf"): raise UserError(f"cap {s.cap}: give a factor of at least 1")
     s.base.check()
 
-# %% ../../nbs/study/grid.ipynb #a301d1a3
+# %% ../../nbs/study/grid.ipynb #7f553397
 def _check_method(s:Study):
     "Refuse what the method cannot do"
     m = methods.get(s.method)
     if why := m.refuses(s.base): raise UserError(f"{s.method} cannot prune {s.arch}: {why}")
-    callbacks(s.method, **s.training_options)
+    if not callbacks(s.method, **s.training_request(s.ratios[0])) and s.pretrained: raise UserError(f"{s.method} takes no part in a training: leave pretrained out")
     if not 1 <= s.rounds <= 100: raise UserError(f"{s.rounds} rounds: give 1 to 100")
     if s.rounds > 1 and m.rounds is None: raise UserError(f"{s.method} prunes in one step: leave rounds out")
     if s.rewind < 0 or s.rewind and s.prunes != "tickets": raise UserError(f"rewind {s.rewind}: give a number of steps, with a method that goes back to the start, such as lottery")
@@ -195,11 +206,11 @@ def prunes(self:Study) -> str:
     "What goes: `channels`, `weights`, or, with a return to the start, `tickets`"
     return "tickets" if "init" in methods.get(self.method).needs else "weights" if self.counts == {} else "channels"
 
-# %% ../../nbs/study/grid.ipynb #99c90dd5
+# %% ../../nbs/study/grid.ipynb #85c82999
 @patch(as_prop=True)
 def known(self:Study) -> bool:
     "Whether the pruned architecture is known before anything is trained"
-    picked = any(self.base.site(n).kind == "in" and k < self.base.site(n).width for n, k in (self.counts or {}).items()) # which channels of a stream, only weights say
+    picked = any(self.base.site(n).kind in ("in", "out") and k < self.base.site(n).width for n, k in (self.counts or {}).items()) # which channels of a stream, only weights say
     return bool(self.counts) and not picked and (self.rounds == 1 or _sitewise(self)) and self.prunes == "channels"
 
 # %% ../../nbs/study/grid.ipynb #e044407a
@@ -214,11 +225,12 @@ def request(self:Study, ratio:float) -> dict:
     "What the method is asked for"
     return {"ratio": ratio, **{k: v for k, v in self.options.items() if k in methods.get(self.method).options}}
 
-# %% ../../nbs/study/grid.ipynb #c2679327
-@patch(as_prop=True)
-def training_options(self:Study) -> dict:
-    "Options of what the method adds to the parent's training"
-    return {k: v for k, v in self.options.items() if k not in methods.get(self.method).options}
+# %% ../../nbs/study/grid.ipynb #a07a4c6c
+@patch
+def training_request(self:Study, ratio:float) -> dict:
+    "What is asked of the method's part in a training"
+    takes = _takes(methods.get(self.method))
+    return {k: v for k, v in self.options.items() if k in takes} | ({"ratio": ratio} if "ratio" in takes else {})
 
 # %% ../../nbs/study/grid.ipynb #f865784e
 @patch(as_prop=True)
@@ -233,6 +245,12 @@ def recipe(self:Study) -> Recipe:
     "The parent's recipe"
     changes = dict(epochs=self.epochs) if self.epochs else {}
     return recipe_of(self.recipe_name or self.data, **self.training, precision=self.precision, peek=self.reference, **changes)
+
+# %% ../../nbs/study/grid.ipynb #456542ad
+@patch(as_prop=True)
+def recipe_after(self:Study) -> Recipe:
+    "The recipe of a training that starts from the plain parent"
+    return recipe_of(self.pretrained, **self.training, precision=self.precision, peek=self.reference, **(dict(epochs=self.epochs) if self.epochs else {})) if self.pretrained else self.recipe
 
 # %% ../../nbs/study/grid.ipynb #def2b719
 @patch(as_prop=True)
@@ -249,12 +267,12 @@ def network(self:Study) -> str:
              "as the reference" if self.reference else "", f"given parent {self.parent_sha256[:6]}" if self.parent else ""]
     return ", ".join([self.arch, *filter(None, extra)])
 
-# %% ../../nbs/study/grid.ipynb #dfcb5391
+# %% ../../nbs/study/grid.ipynb #06455acd
 @patch(as_prop=True)
 def way(self:Study) -> str:
     "The method's name, with what is unusual about how it prunes"
     extra = [*(f"{k}={v}" for k, v in self.options.items()), f"{self.rounds} rounds" if self.rounds > 1 else "",
-             f"back to step {self.rewind}" if self.rewind else "", f"Scratch-B at most x{self.cap:g}" if self.cap else ""]
+             f"back to step {self.rewind}" if self.rewind else "", f"from the parent by {self.pretrained}" if self.pretrained else "", f"Scratch-B at most x{self.cap:g}" if self.cap else ""]
     return ", ".join([self.method, *filter(None, extra)])
 
 # %% ../../nbs/study/grid.ipynb #3d5e1afc

@@ -119,7 +119,7 @@ def commands(self:Trial) -> list[str]:
     "The commands that make these studies again"
     return [command(s, self.store) for s in self.studies]
 
-# %% ../../nbs/study/pages.ipynb #0bdf3af9
+# %% ../../nbs/study/pages.ipynb #ff2ad45d
 def command(s:Study, store:Store) -> str:
     "The command that carries a study out"
     words = ["rethink-nb", "run", s.method, "--data", s.data, "--arch", s.arch, "--ratio", ",".join(map(str, s.ratios)), "--seeds", str(s.seeds), "--scale", s.scale, "--precision", s.precision]
@@ -128,6 +128,7 @@ def command(s:Study, store:Store) -> str:
     for k in ("options", "training"): words += [f"--{k}", _pairs(getattr(s, k))] if getattr(s, k) else []
     for k, default in (("width", 1.), ("alpha", .05), ("rounds", 1), ("rewind", 0), ("cap", None), ("parent", "")): words += [f"--{k}", str(getattr(s, k))] if getattr(s, k) != default else []
     words += ["--recipe", s.recipe_name] if s.recipe_name else []
+    words += ["--pretrained", s.pretrained] if s.pretrained else []
     words += ["--reference"] if s.reference else []
     files = [*filter(None, [plugin_of(s.method)]), *(plugins_loaded() if s.data not in shipped else [])]
     for file in dict.fromkeys(files): words += ["--plugin", str(file)]

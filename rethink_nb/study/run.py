@@ -123,12 +123,14 @@ def asked_of(run:Run, store:Store, data:Data) -> dict:
         asked["init"] = store.network(earlier.id) if earlier else fresh(run.start.arch, seed=run.start.seed)
     return asked | (_as_found(run, store) if run.shape else {})
 
-# %% ../../nbs/study/run.ipynb #12a9107c
+# %% ../../nbs/study/run.ipynb #6726179c
 def _as_found(run:Run, store:Store) -> dict:
     "The size that another method has found, as a request: its masks, of which no more goes, or its widths"
     if masks := store.masks(run.shape.id): return dict(ratio=0., masks=masks)
     small = store.arch(run.shape.id)
-    return dict(widths={s.name: small.site(s.name).width for s in run.arch.sites() if s.kind in ("inner", "in") and small.site(s.name).width < s.width})
+    # what reads or writes all that is left of a stream follows from the stream
+    there = {s.name: s.width for s in small.sites() if s.free or s.kind in ("in", "out") and small.selection(s.name) is not None}
+    return dict(widths={s.name: there[s.name] for s in run.arch.sites() if there.get(s.name, s.width) < s.width})
 
 # %% ../../nbs/study/run.ipynb #dc895d4c
 def _prune(run:Run, store:Store, data:Data, device:torch.device) -> dict:
