@@ -50,6 +50,38 @@ def test_every_arm(name, tmp_path):
     assert trial.kept_figures() == ["weights" if masks else "widths"] and len(trial.figure(*trial.kept_figures()).data) and s.way in trial.summary() and "no result" not in trial.summary()
 
 
+LOOKING = { # methods that look at images while they prune, or train for one ratio
+    "thinet": dict(method="thinet", options=dict(variant="forward", images=200)),
+    "thinet rounds": dict(method="thinet", rounds=2),
+    "regression": dict(method="regression", options=dict(images=200)),
+    "regression inputs": dict(method="regression", arch="resnet8-digits", options=dict(inputs=True, images=200)),
+    "cross": dict(method="layerwise", options=dict(select="random", images=200)),
+    "soft-filter": dict(method="soft-filter"),
+    "soft-filter on streams": dict(method="soft-filter", arch="resnet8-digits", options=dict(mode="reference")),
+    "soft-filter on": dict(method="soft-filter", pretrained="digits"),
+    "slimming on": dict(method="slimming", options=dict(strength=.001), pretrained="digits"),
+}
+
+
+@pytest.mark.parametrize("name", LOOKING)
+def test_every_arm_of_a_method_that_looks_or_trains(name, tmp_path):
+    "All arms have one size, each is trained from where it says, and the network that was pruned cost what its training did"
+    s = Study(**SMALL | LOOKING[name])
+    trial, runs = carried_out(s, tmp_path)
+    frame, cost = trial.frame().set_index("arm"), trial.costs().reset_index().set_index("arm").zero_macs
+    assert frame.params.drop("parent").nunique() == 1 and frame.params.parent > frame.params.pruned
+    pruned, parent = runs["pruned"], runs["parent"]
+    assert not parent.method and (pruned.start == parent) == (not s.trains_apart and s.rounds == 1)
+    if not s.trains_apart: return
+    trained = pruned.start
+    assert (trained.method, trained.start) == (s.method, parent if s.pretrained else None)
+    if s.method == "soft-filter":
+        assert trained.request["ratio"] == s.ratios[0] and trial.store.plan(pruned.id).constants
+        big, small = (trial.store.record(r.id)["metrics"] for r in (trained, pruned)) # masked as it was trained, it is the smaller network already
+        assert big["test_acc"] == small["test_acc"] and abs(big["test_loss"] - small["test_loss"]) < 1e-4
+    assert cost.pruned == (2 if s.pretrained else 1)*cost.parent
+
+
 def test_shuffled_masks_have_the_counts_that_rounds_left(tmp_path):
     trial, runs = carried_out(Study(**SMALL | STUDIES["magnitude rounds"], arms=["pruned", "shuffled-mask"]), tmp_path)
     own, control = trial.store.masks(runs["pruned"].id), trial.store.masks(runs["shuffled-mask"].start.id)
