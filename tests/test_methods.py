@@ -46,7 +46,7 @@ def test_every_method_on_every_family(method, arch, asked, tmp_path):
     assert all(torch.equal(t, before[k]) for k, t in net.state_dict().items())
     assert p.arch == p.net.arch and count(p.net, a.input).params == p.after.params == sum(q.numel() for q in p.net.parameters())
     try: known = methods.pruned_arch(method, a, **asked, **{k: v for k, v in needs_of(method, a).items() if k == "min_keep"})
-    except UserError: assert methods.info(method).options["scope"] == "global" # widths are found in weights
+    except UserError: assert methods.info(method).category == "automatic" # widths are found in weights
     else: assert p.arch.replace(constants=()) == known or sized(p.arch) == sized(known) and known.selections != a.selections # constants depend on weights, and which channels of a stream are read
     assert Plan.from_dict(p.plan.to_dict()) == p.plan and Arch.from_dict(p.arch.to_dict()) == p.arch
     if asked.get("ratio") == 0: assert p.arch == a and all(torch.equal(t, p.whole().state_dict()[k]) for k, t in p.net.state_dict().items())
@@ -91,6 +91,9 @@ def test_rounds(method, arch):
     else: assert seen[0].arch.count().params > seen[1].arch.count().params > p.after.params
 
 
+READING = ("slimming", "thinet", "regression", "layerwise") # judge what is read, not what is made
+
+
 @pytest.mark.parametrize("arch", list(toy_archs()))
 @pytest.mark.parametrize("method", [m for m in methods.names() if "widths" in methods.info(m).amounts and m != "uniform"]) # which knows no single site
 def test_sensitivity_of_every_structured_method(method, arch):
@@ -98,7 +101,7 @@ def test_sensitivity_of_every_structured_method(method, arch):
     a = toy_archs()[arch]
     net = random_bn(a.build(seed=1), seed=2)
     given = {k: v for k, v in needs_of(method, a).items() if k in methods.info(method).needs} | (dict(level="filter") if "level" in methods.info(method).options else {})
-    if method in ("slimming", "thinet", "regression") and arch == "densenet": # where these look at what is read, never at what is made
+    if method in READING and arch == "densenet": # where these look at what is read, never at what is made
         with pytest.raises(UserError, match="slimming has no scores|is read by several layers"): sensitivity(net, lambda n: 0, [.3], method=method, **given)
         return
     found = sensitivity(net, lambda n: sum(p.numel() for p in n.parameters()), [.3, .7], method=method, **given)
@@ -106,4 +109,4 @@ def test_sensitivity_of_every_structured_method(method, arch):
     assert set(found[found.ratio == 0].value) == {whole} and (found.groupby("site").size() == 3).all()
     assert found.groupby("site").value.is_monotonic_decreasing.all() and (found[found.kept < found.width].value < whole).all()
     streams = {s.name for s in a.sites() if s.kind == "stream"}
-    assert (set(found.site) >= streams) == (method not in ("slimming", "thinet", "regression") or not streams)
+    assert (set(found.site) >= streams) == (method not in READING or not streams)

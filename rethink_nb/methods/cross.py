@@ -24,10 +24,10 @@ from .regression import REGRESSION_OPTIONS, lasso_choice
 from .survey import one_number
 from .thinet import greedy_choice
 
-# %% ../../nbs/methods/cross.ipynb #0fa84eec
+# %% ../../nbs/methods/cross.ipynb #4488fa3b
 def _largest_filters(net:nn.Module, l:Layer, n:int) -> tuple[tuple[int, ...], torch.Tensor]:
-    if net.arch.site(l.site).kind != "inner": raise UserError(f"select 'l1': {l.site} is read from a stream, whose filters belong to several blocks; take another choice, or leave inputs out")
-    scores = filter_scores(net, l.site)
+    # the filters of a stream belong to several blocks; what is read from it is judged by the weights that read it
+    scores = filter_scores(net, l.site) if net.arch.site(l.site).kind == "inner" else l.weight.abs().sum((0, 2))
     return largest(scores, n), scores
 
 def _drawn(seed:int, l:Layer, n:int) -> tuple[tuple[int, ...], torch.Tensor]:
