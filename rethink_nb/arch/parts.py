@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['CONV_INITS', 'hollow', 'Conv2d', 'BatchNorm2d', 'Linear', 'blocks', 'named', 'conv_init_', 'init_', 'Pick', 'scatter',
-           'Read', 'normed', 'ReadingNet', 'Rest', 'Constant', 'plus_constant', 'attach_constants']
+           'Read', 'normed', 'ReadingNet', 'Rest', 'Constant', 'plus_constant', 'attach_constants', 'Gate',
+           'times_gate', 'attach_gates']
 
 # %% ../../nbs/arch/parts.ipynb #7f2c2813
 from contextlib import contextmanager
@@ -224,3 +225,27 @@ def attach_constants(
         _check_constant(c, m)
         m.register_buffer("constant", torch.zeros(c.shape))
         m.register_forward_hook(plus_constant)
+
+# %% ../../nbs/arch/parts.ipynb #03f828e5
+class Gate(Record, frozen=True):
+    "Trainable factors on what a module puts out; they start at 1"
+    at: str # name of the module
+    factors: int # 1: one for all channels; else one for each of so many groups of neighbouring channels
+
+def times_gate(m:nn.Module, args, y:torch.Tensor) -> torch.Tensor: # a forward hook
+    "What a module puts out times its factors"
+    return y*m.gate.repeat_interleave(y.shape[1]//len(m.gate))[:, None, None]
+
+# %% ../../nbs/arch/parts.ipynb #e7b82fac
+def attach_gates(
+    net:nn.Module, # changed in place
+    gates:tuple[Gate, ...],
+):
+    "Give modules a parameter `gate`, 1 for now, that multiplies what they put out"
+    for g in gates:
+        try: m = net.get_submodule(g.at)
+        except AttributeError: raise UserError(f"a gate is to be put at {g.at}, which is no part of this network") from None
+        if not isinstance(m, (nn.Conv2d, nn.BatchNorm2d)): raise UserError(f"a gate is to be put at {g.at or 'the network'}, a {type(m).__name__}: it can be at a convolution or a batch norm")
+        if not 1 <= g.factors <= len(m.weight) or len(m.weight) % g.factors: raise UserError(f"the gate at {g.at} has {g.factors} factors for {len(m.weight)} channels: give a divisor of them")
+        m.gate = nn.Parameter(torch.ones(g.factors, device=m.weight.device, dtype=m.weight.dtype))
+        m.register_forward_hook(times_gate)

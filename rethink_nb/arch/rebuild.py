@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['layers_of', 'filled', 'held', 'keep_settings', 'arch_of']
 
-# %% ../../nbs/arch/rebuild.ipynb #433b576c
+# %% ../../nbs/arch/rebuild.ipynb #13b9332e
 import torch
 from torch import nn
 
-from .parts import attach_constants, hollow, plus_constant
+from .parts import attach_constants, attach_gates, hollow, plus_constant, times_gate
 from .spec import Arch, per_arch
 from ..core.errors import UserError
 
@@ -28,7 +28,7 @@ def _sizes(m:nn.Module) -> tuple[int, ...]:
     if isinstance(m, nn.Linear): return m.out_features, m.in_features
     return (m.num_features,) if isinstance(m, nn.modules.batchnorm._BatchNorm) else ()
 
-# %% ../../nbs/arch/rebuild.ipynb #3db3ac02
+# %% ../../nbs/arch/rebuild.ipynb #c808efee
 def filled(
     arch:Arch,
     state:dict[str, torch.Tensor], # every parameter and buffer that is stored
@@ -37,6 +37,7 @@ def filled(
     arch.check() # a pass may be part of it, for which layers must not be hollow
     with torch.device("meta"), hollow():
         net = arch.module().Net(arch)
+        attach_gates(net, arch.gates)
         attach_constants(net, arch.constants)
     for name, m in layers_of(net):
         at = f"{name}." if name else ""
@@ -57,7 +58,7 @@ def held(net:nn.Module) -> dict[str, torch.Tensor]:
         state.update({at + k: b for k, b in m._buffers.items() if b is not None and k not in m._non_persistent_buffers_set})
     return state
 
-# %% ../../nbs/arch/rebuild.ipynb #b848d6c1
+# %% ../../nbs/arch/rebuild.ipynb #aaade4b5
 def keep_settings(
     net:nn.Module,
     other:nn.Module, # made of it; changed in place
@@ -70,7 +71,7 @@ def keep_settings(
         new["training"] = old["training"]
         if "momentum" in old: new["momentum"] = old["momentum"]
         for k, p in old["_parameters"].items():
-            if p is not None and not p.requires_grad: new["_parameters"][k].requires_grad_(False)
+            if p is not None and not p.requires_grad and k in new["_parameters"]: new["_parameters"][k].requires_grad_(False)
 
 # %% ../../nbs/arch/rebuild.ipynb #bdb2f630
 @per_arch
@@ -80,7 +81,7 @@ def _layout(arch:Arch) -> dict[str, tuple]:
     with torch.device("meta"), hollow(): net = arch.module().Net(arch)
     return {name: (type(m), m.__dict__.get("eps")) for name, m in layers_of(net)}
 
-# %% ../../nbs/arch/rebuild.ipynb #31171254
+# %% ../../nbs/arch/rebuild.ipynb #78e958d3
 def arch_of(net:nn.Module) -> Arch:
     "The architecture of a network that is as its architecture builds it; another one is refused by what is different"
     arch = getattr(net, "arch", None)
@@ -89,7 +90,7 @@ def arch_of(net:nn.Module) -> Arch:
     for name, m in layers_of(net):
         wanted, seen = layout.get(name), seen + 1
         if wanted != (type(m), m.__dict__.get("eps")): raise UserError(f"{name or 'the network'} is not as its Arch builds it ({_told(m)}); what was changed by hand would be lost")
-        if m._forward_pre_hooks or m._forward_hooks and any(h is not plus_constant for h in m._forward_hooks.values()):
+        if m._forward_pre_hooks or m._forward_hooks and any(h not in (plus_constant, times_gate) for h in m._forward_hooks.values()):
             raise UserError(f"{name or 'the network'} has a forward hook, which would be lost: remove it first")
     if seen != len(layout): raise UserError(f"this network lacks modules that its Arch builds: {', '.join(sorted(layout.keys() - dict(layers_of(net)).keys())[:3])}")
     if next(net.parameters()).is_meta: raise UserError("this network has no weights: build it, or load some")

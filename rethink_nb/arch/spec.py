@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KINDS', 'families', 'Switches', 'Site', 'Selection', 'Arch', 'Family', 'per_arch', 'register_family']
 
-# %% ../../nbs/arch/spec.ipynb #19a17ece
+# %% ../../nbs/arch/spec.ipynb #f13f7a56
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -16,7 +16,7 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
-from .parts import Constant, attach_constants
+from .parts import Constant, Gate, attach_constants, attach_gates
 from ..core.errors import UserError
 from ..core.record import Record, check_types
 from ..core.registry import Registry
@@ -65,7 +65,7 @@ class Selection(Record, frozen=True):
     site: str # name of an in, out or route site
     channels: tuple[int, ...] # in, out: ascending; route: for each target channel its source, or -1
 
-# %% ../../nbs/arch/spec.ipynb #c12be011
+# %% ../../nbs/arch/spec.ipynb #c8c92253
 class Arch(Record, frozen=True):
     "A network as a value"
     family: str # name of the module in `rethink_nb.arch` that builds it
@@ -76,6 +76,7 @@ class Arch(Record, frozen=True):
     switches: Switches = Switches()
     selections: tuple[Selection, ...] = () # of sites that do not select everything, by name
     constants: tuple[Constant, ...] = () # what widths of zero have left behind
+    gates: tuple[Gate, ...] = () # trainable factors, for methods that train some to zero
 
     def __post_init__(self): check_types(self)
 
@@ -175,7 +176,7 @@ def check(self:Arch) -> Arch:
     _checked(self)
     return self
 
-# %% ../../nbs/arch/spec.ipynb #27c63d66
+# %% ../../nbs/arch/spec.ipynb #f51465d7
 @per_arch
 def _checked(arch:Arch):
     sizes = (*arch.stages, *arch.widths, *arch.input, arch.classes, *(n for c in arch.constants for n in c.shape))
@@ -191,6 +192,7 @@ def _checked(arch:Arch):
     for s in arch.selections: _check_selection(arch, arch.site(s.site), s.channels)
     if arch.reshaped({}, {}) != arch: raise UserError("this Arch says one thing twice: a block without channels has no other widths or selections, and a selection of all channels is left out")
     _check_constants(arch)
+    _check_gates(arch)
 
 # %% ../../nbs/arch/spec.ipynb #cd58e089
 def _check_switches(arch:Arch):
@@ -227,7 +229,14 @@ def _check_constants(arch:Arch):
         try: any(max(c.shape[1:], default=1) > 1 for c in arch.constants) and net.eval()(torch.zeros(1, *arch.input))
         except RuntimeError as e: raise UserError(f"a constant's map does not fit where it is added ({e})") from None
 
-# %% ../../nbs/arch/spec.ipynb #14722a35
+# %% ../../nbs/arch/spec.ipynb #94821a15
+def _check_gates(arch:Arch):
+    "Refuse two gates at one place, and one that does not fit its module"
+    if not arch.gates: return
+    if (places := [g.at for g in arch.gates]) != sorted(set(places)): raise UserError("gates stand in the order of their modules' names, one at each module")
+    with torch.device("meta"): attach_gates(arch.module().Net(arch), arch.gates)
+
+# %% ../../nbs/arch/spec.ipynb #36243b2b
 @patch
 def build(self:Arch,
     seed:int=0, # the same seed gives the same weights
@@ -237,15 +246,17 @@ def build(self:Arch,
     with seeded(seed, "init"):
         net = self.module().Net(self)
         net.init_()
+    attach_gates(net, self.gates)
     attach_constants(net, self.constants)
     return net
 
-# %% ../../nbs/arch/spec.ipynb #d95ef5bc
+# %% ../../nbs/arch/spec.ipynb #30e6aaa0
 @patch
 def blank(self:Arch) -> nn.Module:
     "A network of this architecture without weights; `load_state_dict(..., assign=True)` gives it some"
     with torch.device("meta"):
         net = self.check().module().Net(self)
+        attach_gates(net, self.gates)
         attach_constants(net, self.constants)
     return net
 
@@ -278,12 +289,12 @@ def _everything(site:Site, size:dict[str, int]) -> tuple[int, ...]:
     source, target = (size[n] for n in site.of)
     return tuple(c if c < source else -1 for c in range(target))
 
-# %% ../../nbs/arch/spec.ipynb #d3c3c0a6
+# %% ../../nbs/arch/spec.ipynb #8fdeb9ad
 @patch
 def with_widths(self:Arch,
     widths:dict[str, int], # new channel counts of some sites, by name
 ) -> Arch:
-    "The same network with other widths at some sites; constants, which belong to trained weights, are left out"
+    "The same network with other widths at some sites; constants, which belong to trained weights, and gates are left out"
     for name in widths:
         if self.site(name).of: raise UserError(f"{name} selects channels of {' and '.join(self.site(name).of)}: a number is not enough, which ones is the question")
-    return self.replace(constants=()).reshaped(widths, {}).check()
+    return self.replace(constants=(), gates=()).reshaped(widths, {}).check()

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/methods/all.ipynb #d4c7396c
-from . import controls, cross, guided, l1, lottery, magnitude, regression, slimming, soft_filter, thinet # noqa: F401 (each registers itself)
+# %% ../../nbs/methods/all.ipynb #66a4b240
+from . import controls, cross, guided, l1, lottery, magnitude, regression, slimming, soft_filter, sss, thinet # noqa: F401 (each registers itself)
 from .base import methods # noqa: F401 (the filled registry)
 from .plugins import load_all_plugins
 

@@ -6,7 +6,7 @@
 __all__ = ['CHANNEL_OPTIONS', 'methods', 'Ask', 'Choice', 'Method', 'channels_asked', 'register', 'read_request', 'typed',
            'served', 'prune', 'plan_of', 'pruned_arch', 'names', 'info', 'callbacks']
 
-# %% ../../nbs/methods/base.ipynb #7efddce4
+# %% ../../nbs/methods/base.ipynb #efac64a0
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from numbers import Integral, Real
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..arch.gates import folded, gates_of
 from ..arch.rebuild import arch_of, held
 from ..arch.spec import Arch
 from ..core.errors import UserError
@@ -25,7 +26,7 @@ from .pruned import Pruned, carry_out
 from ..surgery.mask import check_masks
 from ..surgery.plan import Plan, pack
 
-# %% ../../nbs/methods/base.ipynb #727c6e46
+# %% ../../nbs/methods/base.ipynb #021ea308
 @dataclass(frozen=True)
 class Ask:
     "What a method is asked for"
@@ -36,6 +37,7 @@ class Ask:
     batches: Iterable | None = None # (images, labels)
     masks: dict[str, torch.Tensor] | None = None # weights that are gone already (False), by parameter name
     init: dict[str, torch.Tensor] | None = None # parameters and buffers that the network once started from
+    gates: dict[str, torch.Tensor] | None = None # the factors that it had, by module; they are in its weights now
 
 # %% ../../nbs/methods/base.ipynb #dd730eb1
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Choice:
     weights: dict[str, torch.Tensor] | None = None # parameters and buffers of full size to go on with; None: the network's own
     constants: bool = False # True: filters go and leave their batch norms' shifts behind, see `Plan`
 
-# %% ../../nbs/methods/base.ipynb #5b2b9531
+# %% ../../nbs/methods/base.ipynb #0d5e9a85
 @dataclass(frozen=True)
 class Method:
     "A pruning method: what it is, and the function that chooses"
@@ -57,7 +59,7 @@ class Method:
     paper: str # where the method is from
     choose: Callable = field(compare=False) # (net, Ask) -> Choice
     counts: Callable = field(default=lambda arch, amount, options: channels_asked(arch, amount, options), compare=False) # -> channels kept by site, None where weights decide
-    amounts: tuple[str, ...] = AMOUNTS # ways of saying how much that it understands
+    amounts: tuple[str, ...] = AMOUNTS # ways of saying how much that it understands; none where trained weights say it all
     options: dict[str, Any] = field(default_factory=lambda: dict(CHANNEL_OPTIONS)) # with their defaults
     needs: tuple[str, ...] = () # beyond the trained network: "batches", "init"
     version: int = 1 # raise it when results change; it is part of every run's id
@@ -97,7 +99,7 @@ def register(method:Method) -> Method:
 
 _NEEDS = {"batches": "data: give batches=, an iterable of (images, labels)", "init": "the weights that the network started from: give init=, that network or its state_dict()"}
 
-# %% ../../nbs/methods/base.ipynb #d40adba6
+# %% ../../nbs/methods/base.ipynb #6a913bd8
 def read_request(
     m:Method,
     request:dict[str, Any], # amounts and options by name; amounts that are None are not given
@@ -105,8 +107,9 @@ def read_request(
     "Amount and options of a request; what the method does not know is refused"
     amount = {k: v for k, v in request.items() if k in AMOUNTS and v is not None}
     chosen = {k: v for k, v in request.items() if k not in AMOUNTS}
-    if len(amount) != 1: one_amount(**amount)
-    if (name := next(iter(amount))) not in m.amounts: raise UserError(f"{m.name} does not go by {name}: give {' or '.join(m.amounts)}")
+    if not m.amounts and amount: raise UserError(f"{m.name} finds by itself how much goes: leave {' and '.join(amount)} out")
+    if m.amounts and len(amount) != 1: one_amount(**amount)
+    if amount and (name := next(iter(amount))) not in m.amounts: raise UserError(f"{m.name} does not go by {name}: give {' or '.join(m.amounts)}")
     for k in chosen:
         if k not in m.options: raise UserError(f"{m.name} has no option {k!r}: there are {', '.join(m.options) or 'none'}")
     return amount, {**m.options, **{k: typed(k, v, m.options[k]) for k, v in chosen.items()}}
@@ -136,7 +139,7 @@ def served(m:Method, net:nn.Module, **given) -> Arch:
         if given.get(what) is None: raise UserError(f"{m.name} needs {_NEEDS[what]}")
     return arch
 
-# %% ../../nbs/methods/base.ipynb #f9b8a429
+# %% ../../nbs/methods/base.ipynb #bcd73978
 def prune(
     method:str, # name of a method; see `names`
     net:nn.Module, # a network built from an `Arch`; left as it is
@@ -153,13 +156,14 @@ def prune(
     "Prune a network by a method"
     m, init = methods.get(method), held(init) if isinstance(init, nn.Module) else init
     if rounds != 1: return _in_rounds(m, net, ratio, rounds, retrain, dict(batches=batches, seed=seed, init=init, masks=masks, **request))
+    gates, net = gates_of(net) if isinstance(getattr(net, "arch", None), Arch) else {}, folded(net)
     arch = served(m, net, batches=batches, init=init)
     if masks:
         check_masks(masks, dict(net.named_parameters()))
         _bools("masks", masks)
     amount, options = read_request(m, dict(ratio=ratio, **request))
     counts = m.counts(arch, amount, options)
-    choice = m.choose(net, Ask(amount, options, counts, seed, batches, masks, init))
+    choice = m.choose(net, Ask(amount, options, counts, seed, batches, masks, init, gates or None))
     _check_choice(m, arch, choice)
     return carry_out(net, plan_of(m, arch, choice, {k: v for k, v in dict(ratio=ratio, **request).items() if v is not None}, seed), choice.weights)
 

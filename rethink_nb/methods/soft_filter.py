@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['filter_sites', 'filters_gone', 'soft_counts', 'smallest_filters', 'SoftFilters', 'soft_training', 'choose_soft']
 
-# %% ../../nbs/methods/soft_filter.ipynb #5cf60857
+# %% ../../nbs/methods/soft_filter.ipynb #2100e7ea
 from math import floor
 
 import torch
@@ -16,7 +16,6 @@ from ..core.errors import UserError
 from ..core.events import Callback
 from .amounts import check_mode, check_ratio, none_empty
 from .base import Ask, Choice, Method, register
-from .ranking import largest
 
 # %% ../../nbs/methods/soft_filter.ipynb #af0f26b7
 def filter_sites(arch:Arch) -> list[Site]:

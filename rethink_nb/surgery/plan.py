@@ -53,10 +53,11 @@ class Plan(Record, frozen=True):
 
     def __post_init__(self): check_types(self)
 
-# %% ../../nbs/surgery/plan.ipynb #4de851f5
+# %% ../../nbs/surgery/plan.ipynb #a2d9945e
 @patch
 def check(self:Plan, arch:Arch) -> "Plan":
     "The same plan, or a refusal that names what does not fit this architecture"
+    if arch.gates: raise UserError("this network has gates: fold them into its weights first (arch.gates.folded)")
     if self.parent != arch.id: raise UserError(f"this plan was made for the architecture {self.parent}, not for {arch.id}")
     for name, kept in self.keep.items(): _check_site(arch.site(name), kept, self.constants)
     for name, scores in self.scores.items():
@@ -171,10 +172,10 @@ def silence(arch:Arch) -> Plan | None: # None where there are none
     gone = {s.name: () for s in arch.sites() if s.kind == "constant" and s.width}
     return Plan(parent=arch.id, keep=gone) if gone else None
 
-# %% ../../nbs/surgery/plan.ipynb #63bd1c15
+# %% ../../nbs/surgery/plan.ipynb #43f160a4
 @patch
 def scratch(self:Arch) -> Arch:
     "The same architecture without what pruned weights have left behind"
-    bare = self.replace(constants=()).check()
+    bare = self.replace(constants=(), gates=()).check()
     # without these channels a layer behind may have nothing left to read, and goes as well
     return bare if (plan := silence(bare)) is None else plan.arch(bare).scratch()
