@@ -15,6 +15,7 @@ from rethink_nb.arch import zoo
 from rethink_nb.core.events import Callback
 from rethink_nb.methods.slimming import SparseScales
 from rethink_nb.methods.soft_filter import SoftFilters
+from rethink_nb.methods.sss import SparseFactors
 from rethink_nb.testing.toys import same_tensors
 
 ARCH, RECIPE = zoo.arch("vgg-digits"), T.recipe("digits", epochs=3)
@@ -107,6 +108,7 @@ def test_a_price_pulls_scales_down(data, dense):
 def _callbacks(kind, net):
     if kind == "slimming": return [SparseScales(.01)]
     if kind == "soft-filter": return [SoftFilters(.5)]
+    if kind == "sss": return [SparseFactors(.02, "neurons")]
     p = methods.prune("lottery", ARCH.build(seed=7), .5, init=net)
     return list(p.callbacks())
 
@@ -118,7 +120,7 @@ def _train(kind, checkpoint=None, report=None):
     return net, curve(h), callbacks[0]
 
 
-@pytest.mark.parametrize("kind", ["slimming", "soft-filter", "lottery"])
+@pytest.mark.parametrize("kind", ["slimming", "soft-filter", "sss", "lottery"])
 def test_a_training_killed_and_resumed_is_the_same(kind, tmp_path):
     "A process ends itself by SIGKILL after its second epoch; another one goes on"
     at = tmp_path/"checkpoint.safetensors"
@@ -130,7 +132,7 @@ def test_a_training_killed_and_resumed_is_the_same(kind, tmp_path):
     net, rows, cb = _train(kind, at, lambda row: epochs.append(row["epoch"]))
     whole, whole_rows, whole_cb = _train(kind)
     assert epochs == [3] and same_tensors(net.state_dict(), whole.state_dict()) and rows == whole_rows
-    assert same_tensors(cb.state_dict(), whole_cb.state_dict()) and (kind == "lottery" or len(next(iter(cb.state_dict().values()))) == 3)
+    assert same_tensors(cb.state_dict(), whole_cb.state_dict()) and (kind == "lottery" or len(cb.state_dict()[{"slimming": "scales", "soft-filter": "norms", "sss": "factors"}[kind]]) == 3)
 
 
 def test_a_checkpoint_of_other_masks_is_not_taken_up(tmp_path, data):

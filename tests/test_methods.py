@@ -62,7 +62,7 @@ def test_every_method_on_every_family(method, arch, asked, tmp_path):
         for k, m in (p.masks or {}).items(): assert not n.get_parameter(k)[~m].any()
 
 
-@pytest.mark.parametrize("method", methods.names())
+@pytest.mark.parametrize("method", [m for m in methods.names() if methods.info(m).amounts])
 def test_unknown_options_and_missing_needs_are_refused(method):
     net = toy_archs()["resnet"].build()
     given = needs_of(method, net.arch)

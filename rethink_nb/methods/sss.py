@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['proximal_step', 'SparseFactors', 'sss_training', 'choose_sss']
 
-# %% ../../nbs/methods/sss.ipynb #980825ef
+# %% ../../nbs/methods/sss.ipynb #59a0859a
 from collections.abc import Iterable
 
 import torch
@@ -15,7 +15,6 @@ from ..arch.gates import GATES, add_gates, gate_place, gate_sites
 from ..arch.spec import Arch
 from ..core.errors import UserError
 from ..core.events import Callback
-from .amounts import none_empty
 from .base import Ask, Choice, Method, register
 
 # %% ../../nbs/methods/sss.ipynb #7b714e46
@@ -76,7 +75,7 @@ def sss_training(
     "What Sparse Structure Selection adds to a training"
     return (SparseFactors(strength, gates, group),)
 
-# %% ../../nbs/methods/sss.ipynb #02f83371
+# %% ../../nbs/methods/sss.ipynb #7d030837
 def choose_sss(net:nn.Module, ask:Ask) -> Choice:
     "What has a factor that is not zero"
     if not ask.gates: raise UserError("sss prunes a network that was trained with gates: train it with methods.callbacks('sss', strength=0.01, gates='blocks'); which kinds there are says arch.gates")
@@ -84,7 +83,7 @@ def choose_sss(net:nn.Module, ask:Ask) -> Choice:
     dead = {s.block for s in gate_sites(arch, "blocks") if gate_place(s) in ask.gates and not ask.gates[gate_place(s)].any()}
     factors = {s.name: _each(ask.gates[gate_place(s)], s.width) for s in gate_sites(arch, "neurons") if gate_place(s) in ask.gates}
     keep = {n: tuple(f.nonzero().flatten().tolist()) for n, f in factors.items()} | {s.name: () for s in arch.sites() if s.kind == "inner" and s.block in dead}
-    none_empty(arch, {n: len(k) for n, k in keep.items()}, "a price so high")
+    if lost := [n for n, k in keep.items() if not k and not arch.site(n).block]: raise UserError(f"the price has taken every factor of {lost[0]} ({arch.site(lost[0]).width} channels), and the network cannot do without: train with a lower strength")
     return Choice(keep, factors)
 
 def _each(gate:torch.Tensor, width:int) -> torch.Tensor: # (width,)

@@ -110,7 +110,7 @@ class Study(Record, frozen=True, dict=True):
         _check_method(self)
         _check_parent(self)
 
-# %% ../../nbs/study/grid.ipynb #eff00669
+# %% ../../nbs/study/grid.ipynb #8af81e6f
 def _check_names(s:Study):
     "Refuse names that nothing has, and lists that are empty or name a thing twice"
     for registry, n in ((datasets, s.data), (networks, s.arch), (methods, s.method), *((recipes, n) for n in (s.recipe_name, s.pretrained) if n)): registry.get(n)
@@ -119,6 +119,7 @@ def _check_names(s:Study):
     for what in ("ratios", "arms"):
         if not getattr(s, what): raise UserError(f"a study needs {what}")
         if len(set(getattr(s, what))) < len(getattr(s, what)): raise UserError(f"{what} {', '.join(map(str, getattr(s, what)))}: one stands twice")
+    if not methods.get(s.method).amounts: raise UserError(f"{s.method} finds by its price how much goes, and a study goes by ratios: train with methods.callbacks({s.method!r}, strength=...), then methods.prune({s.method!r}, net)")
     known = _option_defaults(s)
     for k in s.options:
         if k not in known: raise UserError(f"{s.method} has no option {k!r}: there are {', '.join(known) or 'none'}")
