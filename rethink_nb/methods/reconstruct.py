@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['RESCALES', 'solved', 'Layer', 'drawn_layer', 'scalar_fit', 'full_fit', 'fit_error', 'refit']
 
-# %% ../../nbs/methods/reconstruct.ipynb #b55789fc
-from dataclasses import dataclass
+# %% ../../nbs/methods/reconstruct.ipynb #7f4f8f11
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -31,7 +31,7 @@ def solved(
         w = vectors[:, keep] @ ((vectors[:, keep].T @ b)/values[keep, None])
     return (w*inverse[:, None]).view(right.shape)
 
-# %% ../../nbs/methods/reconstruct.ipynb #5a6e4491
+# %% ../../nbs/methods/reconstruct.ipynb #e17ef1a2
 @dataclass(frozen=True)
 class Layer:
     "A layer, what it saw at drawn places, and what it should have answered there"
@@ -51,6 +51,15 @@ class Layer:
     def parts(self) -> torch.Tensor: # (rows, channels), float64
         "What each channel adds to the answer of each row's drawn output"
         return torch.cat([(x.double()*self.weight[f]).sum(2) for x, f in _chunks(self.x, self.filters)])
+
+    @cached_property
+    def target(self) -> torch.Tensor: # (rows,), float64
+        "What each row's drawn output should answer"
+        return self.parts.sum(1) if self.wanted is None else self.wanted[torch.arange(len(self.filters)), self.filters].double()
+
+    def at(self, rows:torch.Tensor) -> "Layer":
+        "The same layer at some of its rows"
+        return replace(self, x=self.x[rows], filters=self.filters[rows], wanted=None if self.wanted is None else self.wanted[rows])
 
 # %% ../../nbs/methods/reconstruct.ipynb #d1b413d8
 _ROWS = 2048 # in a go: what is in float64 at a time stays small
@@ -73,14 +82,14 @@ def drawn_layer(
     w = weight.detach().cpu().double().reshape(len(weight), x.shape[1], -1)
     return Layer(x, w, torch.randint(len(w), (len(x),), generator=draw), **more)
 
-# %% ../../nbs/methods/reconstruct.ipynb #ab34b505
+# %% ../../nbs/methods/reconstruct.ipynb #2c259483
 def scalar_fit(
     l:Layer,
     kept:tuple[int, ...], # channels, ascending
 ) -> tuple[torch.Tensor, torch.Tensor]: # weights (outputs, kept, places), intercept (outputs,) of zeros
     "The weights of what stays, with one factor a channel"
-    parts, at = l.parts[:, list(kept)], torch.arange(len(l.filters))
-    factor = solved(parts.T @ parts, parts.T @ l.answers[at, l.filters])
+    parts = l.parts[:, list(kept)]
+    factor = solved(parts.T @ parts, parts.T @ l.target)
     factor = torch.where(parts.any(0), factor, 1.)
     return l.weight[:, list(kept)]*factor[:, None], torch.zeros(len(l.weight), dtype=torch.float64)
 

@@ -31,14 +31,11 @@ class Design:
     energy: float # of what is to be explained
     rows: int
 
-# %% ../../nbs/methods/regression.ipynb #114d4d8b
-def design_of(
-    l:Layer,
-    rows:torch.Tensor, # which of its rows are used; one may stand twice
-) -> Design:
-    "The regression of all of a layer's answers on what each channel adds to them"
-    x, w, y = l.x[rows].double(), l.weight, l.answers[rows]
-    (n, channels, places), m = x.shape, len(rows)*len(w)
+# %% ../../nbs/methods/regression.ipynb #66f689eb
+def design_of(l:Layer) -> Design:
+    "The regression of all of a layer's answers, in all its rows, on what each channel adds to them"
+    x, w, y = l.x.double(), l.weight, l.answers
+    (n, channels, places), m = x.shape, len(x)*len(w)
     product = (x.flatten(1).T @ x.flatten(1)).mul_(w.flatten(1).T @ w.flatten(1))
     gram = product.view(channels, places, channels, places).sum((1, 3))
     right = ((y @ w.flatten(1)).view(n, channels, places)*x).sum((0, 2))
@@ -105,7 +102,7 @@ def _found(d:Design, n:int, beta:torch.Tensor, alpha:float, exact:bool, trim:boo
     kept = largest(even, n) if trim else tuple(beta.nonzero().flatten().tolist())
     return Found(kept, beta, alpha, exact)
 
-# %% ../../nbs/methods/regression.ipynb #37fce42f
+# %% ../../nbs/methods/regression.ipynb #01076a30
 REGRESSION_OPTIONS = dict(LAYER_OPTIONS, rescale="full", targets="original", images=5000, shortcut=True, ridge=0., rows=400, slack=.1, exact_width=True)
 
 def lasso_choice(options:dict, seed:int) -> Callable: # (Layer, n) -> (channels kept, ascending; a score a channel)
@@ -113,7 +110,7 @@ def lasso_choice(options:dict, seed:int) -> Callable: # (Layer, n) -> (channels 
     price = [1e-3]
     def select(l:Layer, n:int) -> tuple[tuple[int, ...], torch.Tensor]:
         some = max(1, min(options["rows"], len(l.x)//20))
-        d = design_of(l, torch.randint(len(l.x), (some,), generator=generator(seed, "lasso", l.site)))
+        d = design_of(l.at(torch.randint(len(l.x), (some,), generator=generator(seed, "lasso", l.site))))
         f = lasso_search(d, n, price[0], options["slack"], options["exact_width"])
         price[0] = f.alpha or price[0]
         return f.kept, f.beta.abs()*d.gram.diagonal().clamp_min(0).sqrt()/sqrt(d.rows)
