@@ -95,7 +95,7 @@ def _shape(text:str) -> tuple[int, int, int] | None:
     if len(parts) != 3 or not all(p.isdigit() and int(p) for p in parts): raise UserError(f"input {text!r}: give channels x height x width, such as 3x32x32")
     return tuple(map(int, parts))
 
-# %% ../nbs/cli.ipynb #9d9f7188
+# %% ../nbs/cli.ipynb #3dcb20f0
 @command
 @call_parse
 def prune(
@@ -109,6 +109,8 @@ def prune(
     multiple:int=1, # round what is kept up to a multiple of this
     options:str="", # the method's own options, such as scope=global,min_keep=1 or skip=conv1+conv2
     init:str="", # for lottery: a folder with the network before it was trained
+    data:str="", # for thinet, regression and others that look at images: a data set, whose training images are taken
+    root:str="", # folder of data files
     seed:int=0, # for methods that draw at random
     measure:bool=False, # time both networks on this machine, for the page
     force:bool=False, # put it in place of a network that the folder holds already
@@ -122,10 +124,21 @@ def prune(
     at, (net, said) = folder(out, "out"), _source(source)
     if (at/"record.json").exists(): raise UserError(f"{at} is a run of a store, which stays as it is: name another folder")
     if (at/"arch.json").exists() and not force: raise UserError(f"{at} holds a network already: name another folder, or say --force")
-    p = prune(method, net, _ratio(ratio), target=target or None, macs=macs, params=params, seed=seed, init=_source(init)[0] if init else None, **given)
+    p = prune(method, net, _ratio(ratio), target=target or None, macs=macs, params=params, seed=seed, init=_source(init)[0] if init else None, batches=_images(method, data, root, seed, given), **given)
     p.save(at, page=False)
     page = p.page(at/"summary.html", note=f"From {said}.", measure=measure)
     print(said, p, p.verify(), f"written to {at}; a page on it: {page}", sep="\n")
+
+# %% ../nbs/cli.ipynb #f857a24e
+def _images(method:str, data:str, root:str, seed:int, options:dict): # (images, labels) in batches; None for a method that looks at none
+    "Training images for a method that looks at some"
+    from rethink_nb.methods.all import methods
+    m = methods.get(method)
+    if "batches" not in m.needs: return None
+    if not data: raise UserError(f"{method} looks at training images: say which by --data, such as --data fashion-mnist")
+    from rethink_nb.training.augment import plain_batches
+    from rethink_nb.training.data import load_data
+    return plain_batches(load_data(data, root=root or None), {**m.options, **options}.get("images", 1000), seed)
 
 # %% ../nbs/cli.ipynb #59a5e0cd
 def _options(text:str) -> dict:

@@ -1,5 +1,6 @@
 "Data, recipes, the one loop, arms and their costs."
 from .arms import Arm, arms
+from .augment import plain_batches
 from .data import Data, load_data
 from .device import best_precision
 from .ledger import Cost, budget_epochs, train_macs
