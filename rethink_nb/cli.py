@@ -157,11 +157,11 @@ def _names(text:str) -> list[str]:
     "Names separated by commas"
     return [n.strip() for n in text.split(",") if n.strip()]
 
-# %% ../nbs/cli.ipynb #0db62e1b
-def _ratio(text:str):
+# %% ../nbs/cli.ipynb #304308fc
+def _ratio(text:str, what:str="ratio"):
     "'0.5' as a number, '0.6,0.3,0.1' as one a stage, '' as None"
     try: numbers = [float(t) for t in text.split(",")] if text else []
-    except ValueError: raise UserError(f"ratio {text!r}: give a number, or numbers separated by commas") from None
+    except ValueError: raise UserError(f"{what} {text!r}: give a number, or numbers separated by commas") from None
     return None if not numbers else numbers[0] if len(numbers) == 1 else numbers
 
 # %% ../nbs/cli.ipynb #67053fcb
@@ -178,7 +178,7 @@ def _source(source:str) -> tuple:
     if not (folder/"record.json").is_file(): return load(folder), f"the network in {folder}"
     return Store(folder.parent).network(folder.name), f"the network of run {folder.name}"
 
-# %% ../nbs/cli.ipynb #92305398
+# %% ../nbs/cli.ipynb #dda1a1ec
 def _trial(studies:list, out:Path, store, root, device, workers, method:str, stem:str):
     "Run what is missing, execute the notebook, write page and table; print the answer"
     from rethink_nb.core.files import write_text
@@ -196,7 +196,7 @@ def _trial(studies:list, out:Path, store, root, device, workers, method:str, ste
     notebook = run_notebook(experiment, out/f"{stem}.ipynb", **own, data=s.data, archs=" ".join(x.arch for x in studies), ratios=list(s.ratios), seeds=s.seeds, scale=s.scale,
                             epochs=s.epochs or 0, subset=s.subset or 0, width=s.width, precision=s.precision, margin=s.margin or 0., alpha=s.alpha,
                             options=s.options, rounds=s.rounds, rewind=s.rewind, cap=s.cap or 0., arms=" ".join(s.arms), recipe=s.recipe_name, training={k: list(v) if isinstance(v, tuple) else v for k, v in s.training.items()}, reference=s.reference,
-                            parent=str(Path(s.parent).resolve()) if s.parent else "", pretrained=s.pretrained,
+                            parent=str(Path(s.parent).resolve()) if s.parent else "", pretrained=s.pretrained, prices=list(s.prices),
                             store=str(trial.store.path.resolve()), root=root or "", device=device, workers=workers or 0)
     page = trial.page(out/f"{stem}.html")
     table = write_text(out/f"{stem}.csv", trial.table().to_csv(index=False))
@@ -204,7 +204,7 @@ def _trial(studies:list, out:Path, store, root, device, workers, method:str, ste
     print(trial.summary(), f"\npage      {page}\nnotebook  {notebook}\ntable     {table}\neach run  {each}\nstore     {trial.store.path}", sep="\n")
     return 1 if trial.unfinished() else None # runs failed: told above
 
-# %% ../nbs/cli.ipynb #f4c8745f
+# %% ../nbs/cli.ipynb #05fdc592
 @command
 @call_parse
 def run(
@@ -224,6 +224,7 @@ def run(
     training:str="", # other numbers of the recipe, such as batch=256,lr=0.2
     reference:bool=False, # as the reference: nothing held out, the test images looked at after each epoch
     parent:str="", # a trained network to start from: a folder, or a .safetensors file
+    prices:str="", # instead of ratios, for sss: prices of its training, separated by commas
     pretrained:str="", # soft-filter, slimming: the method's training starts from the plain parent, by this recipe, such as cifar-soft-filter-pretrained
     rounds:int=1, # prune so many times, with training between
     rewind:int=0, # lottery: steps after which the tickets' weights are those of the parent
@@ -242,8 +243,8 @@ def run(
     if (numbers := _ratio(ratio)) is None: raise UserError("ratio '': give a number, or several separated by commas")
     s = Study(data=data, arch=arch, method=method, ratios=numbers if isinstance(numbers, list) else [numbers], seeds=seeds, scale=scale or None, epochs=epochs or None,
               subset=subset or None, width=width, precision=precision, margin=margin or None, alpha=alpha, options=_options(options), rounds=rounds, rewind=rewind, cap=cap or None,
-              recipe_name=recipe, training=_options(training), reference=reference, parent=str(Path(parent).expanduser().resolve()) if parent else "", pretrained=pretrained, **(dict(arms=_names(arms)) if arms else {}))
-    other = f"-{s.id[:6]}" if s.way != method or arms or recipe or training or reference or parent or pretrained else "" # beside the pages of the same method with other options
+              recipe_name=recipe, training=_options(training), reference=reference, parent=str(Path(parent).expanduser().resolve()) if parent else "", pretrained=pretrained, **(dict(prices=_ratio(prices, "prices")) if prices else {}), **(dict(arms=_names(arms)) if arms else {}))
+    other = f"-{s.id[:6]}" if s.way != method or arms or recipe or training or reference or parent or pretrained or prices else "" # beside the pages of the same method with other options
     return _trial([s], folder(out, "out"), store, root, device, workers, method, f"{method}-{data}-{arch}{other}")
 
 # %% ../nbs/cli.ipynb #5ab6ec59

@@ -59,6 +59,7 @@ LOOKING = { # methods that look at images while they prune, or train for one rat
     "soft-filter": dict(method="soft-filter"),
     "soft-filter on streams": dict(method="soft-filter", arch="resnet8-digits", options=dict(mode="reference")),
     "soft-filter on": dict(method="soft-filter", pretrained="digits"),
+    "sss": dict(method="sss", arch="resnet8-digits", ratios=(), prices=(.1,), options=dict(gates=("blocks", "neurons")), epochs=6),
     "slimming on": dict(method="slimming", options=dict(strength=.001), pretrained="digits"),
 }
 

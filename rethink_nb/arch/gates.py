@@ -32,14 +32,14 @@ def gate_place(s:Site) -> str:
     "The module whose output carries a site's gate: the batch norm behind it, or the layer where none follows"
     return (s.norms or s.outs)[-1]
 
-# %% ../../nbs/arch/gates.ipynb #9316e238
+# %% ../../nbs/arch/gates.ipynb #0e484d0a
 def gated(
     arch:Arch,
-    on:str | Iterable[str]="blocks", # one of `GATES`, or several; neurons and groups exclude each other
+    on:str | Iterable[str]=(), # one of `GATES`, or several; neurons and groups exclude each other; none: blocks, or neurons where there are no blocks
     group:int=8, # channels of a group; a width that is no multiple of it has one gate
 ) -> Arch: # with gates
     "The same architecture with factors on its structures"
-    on = (on,) if isinstance(on, str) else tuple(on)
+    on = (on,) if isinstance(on, str) else tuple(on) or (("blocks",) if gate_sites(arch, "blocks") else ("neurons",))
     if {"neurons", "groups"} <= set(on): raise UserError("gates on neurons and on groups of the same: give one of the two")
     if not isinstance(group, int) or group < 1: raise UserError(f"group {group}: give channels of a group, at least 1")
     factors = lambda kind, s: 1 if kind == "blocks" else s.width if kind == "neurons" else s.width//group if s.width % group == 0 else 1
@@ -52,10 +52,10 @@ def gates_of(net:nn.Module) -> dict[str, torch.Tensor]: # by module
     "The factors of a network, as they are now"
     return {g.at: net.get_submodule(g.at).gate.detach() for g in net.arch.gates}
 
-# %% ../../nbs/arch/gates.ipynb #f09dd097
+# %% ../../nbs/arch/gates.ipynb #9eee40c0
 def add_gates(
     net:nn.Module, # with its `.arch`; changed in place
-    on:str | Iterable[str]="blocks",
+    on:str | Iterable[str]=(),
     group:int=8,
 ):
     "Put gates of 1 on a network that has none"

@@ -31,12 +31,12 @@ def proximal_step(
     v = momentum*v + z - factor
     return (z + momentum*v).clamp_min(0), v
 
-# %% ../../nbs/methods/sss.ipynb #383efb69
+# %% ../../nbs/methods/sss.ipynb #f59a41c3
 class SparseFactors(Callback):
     "Put gates on a network, train them by proximal steps, and remember all factors after every epoch"
     def __init__(self,
         strength:float=.01, # gamma
-        gates:Iterable[str]=("blocks",), # of `arch.gates.GATES`
+        gates:Iterable[str]=(), # of `arch.gates.GATES`; none: blocks, or neurons where there are no blocks
         group:int=8, # channels of a group
         momentum:float=.9,
     ):
@@ -66,10 +66,10 @@ class SparseFactors(Callback):
     def load_state_dict(self, state:dict[str, torch.Tensor]):
         self.v, self.history = state["v"].to(self.v.device), list(state["factors"]) if "factors" in state else []
 
-# %% ../../nbs/methods/sss.ipynb #3ea5c8e4
+# %% ../../nbs/methods/sss.ipynb #6127f68e
 def sss_training(
     strength:float=.01, # gamma
-    gates:tuple[str, ...]=("blocks",), # "blocks", "neurons" or "groups", or several
+    gates:tuple[str, ...]=(), # "blocks", "neurons" or "groups", or several; none: blocks, or neurons where there are no blocks
     group:int=8, # channels of a group
 ) -> tuple[Callback, ...]:
     "What Sparse Structure Selection adds to a training"

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['arm_looks', 'fig_curves', 'fig_arms', 'fig_accuracy_cost', 'fig_widths']
 
-# %% ../../nbs/report/figures.ipynb #d73d3258
+# %% ../../nbs/report/figures.ipynb #ac815f41
 from textwrap import wrap
 
 import pandas as pd
@@ -14,7 +14,7 @@ import plotly.graph_objects as go
 import plotly.io as pio
 
 from ..core.errors import UserError
-from .stats import done, spread_parents, summary
+from .stats import done, level_words, spread_parents, summary
 from .tables import arm_base, arm_order
 
 # %% ../../nbs/report/figures.ipynb #025a4597
@@ -59,14 +59,14 @@ _words = {"macs": "MACs", "params": "parameters",
           "val_acc": "validation accuracy, %", "test_acc": "test accuracy, %", "train_acc": "training accuracy, %",
           "val_loss": "validation loss", "test_loss": "test loss", "train_loss": "training loss"}
 
-# %% ../../nbs/report/figures.ipynb #575042fd
+# %% ../../nbs/report/figures.ipynb #81c27d17
 def _panelled(frame, ratio=True):
     "The frame, refused when empty, with the words of its panels: `net` (and data set) and `cut` (method and, if asked, ratio)"
     if frame.empty: raise UserError("nothing to draw: the frame holds no row for this figure")
     frame = frame.sort_values(["network", "method", "ratio"], kind="stable")
     net = frame.network + " on " + frame["data"] if "data" in frame else frame.network
     net = net.map(lambda words: "<br>".join(wrap(words, 34, break_on_hyphens=False)))  # a row title as long as its row is high
-    return frame.assign(net=net, cut=frame.method + (100*frame.ratio).map(" {:.3g}% removed".format) if ratio else frame.method)
+    return frame.assign(net=net, cut=frame.method + frame.ratio.map(lambda r: f" {level_words(r)}" + (" removed" if r >= 0 else "")) if ratio else frame.method)
 
 # %% ../../nbs/report/figures.ipynb #684394eb
 def _options(frame, height=300):

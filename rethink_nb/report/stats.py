@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['done', 'summary', 'interval', 'decide', 'seeds_needed', 'power', 'Comparison', 'compare', 'spread_parents', 'samples',
-           'verdicts', 'statement', 'Exactness', 'exactness']
+           'verdicts', 'level_words', 'statement', 'Exactness', 'exactness']
 
 # %% ../../nbs/report/stats.ipynb #4520d7e7
 from typing import NamedTuple
@@ -171,7 +171,12 @@ def verdicts(frame, # the trial frame
             rows.append((*key, arm_a, arm_b, *compare(a, b, margin, alpha, paired)))
     return pd.DataFrame(rows, columns=[*by, "arm_a", "arm_b", *Comparison._fields]).astype({"needed": "Int64"})
 
-# %% ../../nbs/report/stats.ipynb #5301f34d
+# %% ../../nbs/report/stats.ipynb #2fc9cfdd
+def level_words(level:float) -> str: # a ratio, or a price as a negative number
+    "A share removed, or the price at which it was found"
+    return f"{100*level:.3g}%" if level >= 0 else f"price {-level:g}"
+
+# %% ../../nbs/report/stats.ipynb #2545760d
 def statement(row, # a row of `verdicts`
               unit="points", # what the differences are counted in
              ):
@@ -181,7 +186,7 @@ def statement(row, # a row of `verdicts`
     known = not pd.isna(row["lo"])
     numbers = f"{row['difference']:+.{d}f}" + (f" [{row['lo']:+.{d}f}, {row['hi']:+.{d}f}]" if known else "")
     within = f" within {row['margin']:.{d}f} {unit}" if row["verdict"] in ("equivalent", "undecided") else ""
-    return (f"{row['network']}, {row['method']} {100*row['ratio']:.3g}%: {row['arm_a']} vs {row['arm_b']}: "
+    return (f"{row['network']}, {row['method']} {level_words(row['ratio'])}: {row['arm_a']} vs {row['arm_b']}: "
             f"{row['verdict']}{within} ({numbers}, {n}){_wish(row)}")
 
 # %% ../../nbs/report/stats.ipynb #f922f366
@@ -205,7 +210,7 @@ class Exactness(NamedTuple):
         return (f"smaller network {'=' if self.ok else 'IS NOT'} masked network: largest error {self.error:.1e} of the logits' scale, "
                 f"{self.n} networks compared (worst: {self.where})")
 
-# %% ../../nbs/report/stats.ipynb #711fac4a
+# %% ../../nbs/report/stats.ipynb #2c4ff158
 def exactness(frame, # the trial frame
               tol=1e-4, # of the logits' scale, in fp32
              ):
@@ -215,4 +220,4 @@ def exactness(frame, # the trial frame
     if nets.empty: return Exactness(np.nan, 0, "", False)
     error = nets.max_error / nets.scale
     worst = nets.loc[error.idxmax()]
-    return Exactness(float(error.max()), len(nets), f"{worst.network}, {worst.method} {100*worst.ratio:.3g}%", bool(error.max() <= tol))
+    return Exactness(float(error.max()), len(nets), f"{worst.network}, {worst.method} {level_words(worst.ratio)}", bool(error.max() <= tol))

@@ -6,12 +6,12 @@
 __all__ = ['ARM_ORDER', 'arm_base', 'arm_order', 'trial_table', 'in_order', 'missing', 'human', 'shown', 'beyond_table',
            'format_table', 'html_frame', 'html_table']
 
-# %% ../../nbs/report/tables.ipynb #b6b88941
+# %% ../../nbs/report/tables.ipynb #272e7daf
 import numpy as np
 import pandas as pd
 
 from ..core.errors import UserError
-from .stats import done, summary
+from .stats import done, level_words, summary
 
 # %% ../../nbs/report/tables.ipynb #71d123ec
 ARM_ORDER = ("parent", "pruned", "fine-tune", "fine-tune-large", "lr-rewind", "weight-rewind", "pipeline-e", "pipeline-b", "ticket", "random-ticket", "scratch-e", "scratch-b",
@@ -70,19 +70,19 @@ def human(x, # a count, such as parameters or MACs
     digits = f"{x / 1000**power:.3g}" if power else f"{x:.0f}"
     return f"{digits} {' kMGTP'[power]}".strip()
 
-# %% ../../nbs/report/tables.ipynb #142bfee9
+# %% ../../nbs/report/tables.ipynb #e08d234f
 def shown(table, # of `trial_table`
          ):
     "The table in short words and human units, all text"
     def fixed(x, digits=2): return "-" if pd.isna(x) else f"{x:.{digits}f}"
     span = ["-" if pd.isna(lo) else f"[{lo:.2f}, {hi:.2f}]" for lo, hi in zip(table.lo, table.hi)]
     return pd.DataFrame({
-        "network": table.network, "data": table["data"], "method": table.method, "removed": (100*table.ratio).map("{:.3g}%".format),
+        "network": table.network, "data": table["data"], "method": table.method, "removed": table.ratio.map(level_words),
         "arm": table.arm, "acc %": table["mean"].map(fixed), "sd": table.sd.map(fixed), "n": [str(n) + (f" ({', '.join(f'{k} {w}' for k, w in ((d, 'diverged'), (f, 'failed')) if k)})" if d or f else "") for n, d, f in zip(table.n, table.diverged, table.failed)], "interval": span,
         "params": table.params.map(human), "MACs": table.macs.map(human), "train": table.train_macs.map(human),
         "from zero": table.total_macs.map(human), "epochs": table.epochs.map(lambda e: "-" if pd.isna(e) else f"{e:.3g}")})
 
-# %% ../../nbs/report/tables.ipynb #ba1dde92
+# %% ../../nbs/report/tables.ipynb #a048f9f8
 _BEYOND = {"test_top5": "top-5 %", "test_ece": "calibration error %", "agreement": "says what the parent says, %", "best_test_acc": "best on test % (as the reference; optimistic)"}
 
 def beyond_table(frame, # the trial frame
@@ -91,7 +91,7 @@ def beyond_table(frame, # the trial frame
     if done(frame).empty: return pd.DataFrame(columns=["network", "method", "removed", "arm"])
     known = [k for k in _BEYOND if k in frame and done(frame)[k].notna().any()]
     means = in_order(done(frame).groupby(_keys, sort=False)[known].mean().reset_index())
-    names = {"network": means.network, "method": means.method, "removed": (100*means.ratio).map("{:.3g}%".format), "arm": means.arm}
+    names = {"network": means.network, "method": means.method, "removed": means.ratio.map(level_words), "arm": means.arm}
     return pd.DataFrame({**names, **{_BEYOND[k]: means[k].map(lambda x: "-" if pd.isna(x) else f"{x:.2f}") for k in known}})
 
 # %% ../../nbs/report/tables.ipynb #96df0ff6

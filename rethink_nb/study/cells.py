@@ -18,14 +18,14 @@ from .step import Run
 from ..training.arms import Arm, arm
 from ..training.recipe import Recipe, fine_tune
 
-# %% ../../nbs/study/cells.ipynb #91ff7a0b
+# %% ../../nbs/study/cells.ipynb #b5a36d97
 @dataclass(frozen=True)
 class Cell:
     "One row of a trial: an arm and the run that answers it"
     data: str
     network: str
     method: str
-    ratio: float # 0 for the parent
+    ratio: float # 0 for the parent; a price, where the method goes by one, as a negative number
     arm: str
     seed: int
     run: Run
@@ -70,18 +70,18 @@ def prune_run(self:Study, method:str, ratio:float, seed:int, recipe:Recipe | Non
                   start=start, init=self.early_run(seed) if run is None else None, seed=seed)
     return run
 
-# %% ../../nbs/study/cells.ipynb #130d7f49
+# %% ../../nbs/study/cells.ipynb #e6d3e2c6
 def _parts(s:Study, ratio:float) -> list[dict]:
     "What is asked of the method in each round"
     m = methods.get(s.method)
-    parts = [ratio] if s.rounds == 1 else m.rounds(ratio, s.rounds, {**m.options, **s.request(ratio)}, s.base)
+    parts = [{}] if s.rounds == 1 else m.rounds(ratio, s.rounds, {**m.options, **s.request(ratio)}, s.base)
     return [{**s.request(ratio), **(part if isinstance(part, dict) else dict(ratio=part))} for part in parts]
 
-# %% ../../nbs/study/cells.ipynb #5a5ba2b5
+# %% ../../nbs/study/cells.ipynb #1498093a
 @patch(as_prop=True)
 def between(self:Study) -> Recipe:
     "The training between two rounds"
-    return self.recipe.replace(skip=self.rewind) if self.prunes == "tickets" or _added(self, self.ratios[0]) else fine_tune(self.recipe)
+    return self.recipe.replace(skip=self.rewind) if self.prunes == "tickets" or _added(self, self.levels[0]) else fine_tune(self.recipe)
 
 # %% ../../nbs/study/cells.ipynb #ce5b98c5
 @patch
@@ -133,11 +133,11 @@ def found_run(self:Study, arm:Arm, start:Run | None, ratio:float, seed:int) -> R
         of |= dict(budget="nonzero_macs" if weights else "flops", cap=self.cap or (2. if weights else None), extra=extra)
     return Run(kind="train", data=self.images, arch=None, recipe=r, seed=seed, **of)
 
-# %% ../../nbs/study/cells.ipynb #ed0984d5
+# %% ../../nbs/study/cells.ipynb #44d96d74
 @patch
 def cells(self:Study) -> list[Cell]:
     "Every arm at every ratio and seed; the parent once a seed; a method is no control of itself"
-    own = [(a, ratio, s) for s in range(self.seeds) for a in map(arm, self.arms) if a.start != self.method for ratio in ((0.,) if a.start == "none" else self.ratios)]
+    own = [(a, ratio, s) for s in range(self.seeds) for a in map(arm, self.arms) if a.start != self.method for ratio in ((0.,) if a.start == "none" else self.levels)]
     return [Cell(self.data, self.network, self.way, ratio, a.name, s, self.arm_run(a, ratio, s), self.parent_run(s)) for a, ratio, s in own]
 
 # %% ../../nbs/study/cells.ipynb #2e364190

@@ -70,14 +70,14 @@ def classes_frame(cells:list[Cell], store:Store):
     rows = [(c, (store.record(c.run.id) or {}).get("metrics", {}).get("test_class_acc") or []) for c in cells]
     return DataFrame([dict(network=c.network, method=c.method, ratio=c.ratio, arm=c.arm, seed=c.seed, label=k, test_acc=acc) for c, found in rows for k, acc in enumerate(found)])
 
-# %% ../../nbs/study/frames.ipynb #2dba5f41
+# %% ../../nbs/study/frames.ipynb #830f472d
 def widths_frame(
     studies:Iterable[Study],
     store:Store | None=None, # where found widths are looked up
 ):
     "Channels kept at every inner site and ratio, or weights kept in every layer, beside the full number, as a DataFrame; where each seed found its own, their mean"
     from pandas import DataFrame
-    rows = [dict(data=s.data, network=s.arch, method=s.way, ratio=r, site=site, width=kept, full=full) for s in studies for r in s.ratios for site, kept, full in _kept(s, r, store)]
+    rows = [dict(data=s.data, network=s.arch, method=s.way, ratio=r, site=site, width=kept, full=full) for s in studies for r in s.levels for site, kept, full in _kept(s, r, store)]
     return DataFrame(rows).groupby(["data", "network", "method", "ratio", "site"], sort=False, as_index=False).mean() if rows else DataFrame()
 
 # %% ../../nbs/study/frames.ipynb #54f223dc

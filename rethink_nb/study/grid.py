@@ -65,7 +65,7 @@ def comparisons(
     own = [(a, b) for one, two in COMPARISONS for a in found for b in found if (found[a], found[b]) == (one, two) and fits(a, b)]
     return list(dict.fromkeys([*COMPARISONS, *own]))
 
-# %% ../../nbs/study/grid.ipynb #77534dc3
+# %% ../../nbs/study/grid.ipynb #30d27608
 class Study(Record, frozen=True, dict=True):
     "One network, one data set, one method: which arms, ratios and seeds to run, and when two arms count as equal"
     data: str # a data set's name
@@ -90,6 +90,7 @@ class Study(Record, frozen=True, dict=True):
     reference: bool = False # as the reference: no images held out, the test images looked at after each epoch, the best result beside the last
     parent: str = "" # a trained network to start from: its folder, or a .safetensors file with the weights of `arch`; one for all seeds
     parent_sha256: str = "" # over its weights; found out where it is empty
+    prices: tuple[float, ...] = () # instead of ratios, for a method that finds how much goes by the price of its training (sss): a training each
     pretrained: str = "" # for a method that takes part in a training: that training starts from the plain parent, by this recipe; empty: from random weights
     schema: ClassVar[int] = 2 # 2: precision is "auto" unless it is given; it was "fp32"
 
@@ -98,6 +99,7 @@ class Study(Record, frozen=True, dict=True):
 
     def __post_init__(self):
         if isinstance(self.ratios, (int, float)): force_setattr(self, "ratios", (self.ratios,))
+        if isinstance(self.prices, (int, float)): force_setattr(self, "prices", (self.prices,))
         if isinstance(self.parent, Path): force_setattr(self, "parent", str(self.parent))
         if isinstance(self.training, dict): force_setattr(self, "training", {k: (v,) if k in _LISTS and isinstance(v, (int, float)) else v for k, v in self.training.items()})
         check_types(self)
@@ -105,26 +107,45 @@ class Study(Record, frozen=True, dict=True):
         _check_names(self)
         if self.precision == "auto": force_setattr(self, "precision", "fp32" if self.scale == "smoke" else best_precision(pick_device()))
         force_setattr(self, "options", _canonical(self))
+        _check_levels(self)
         if self.arms == USUAL["channels"]: force_setattr(self, "arms", USUAL[self.prunes])
         _check_study(self)
         _check_method(self)
         _check_parent(self)
 
-# %% ../../nbs/study/grid.ipynb #8af81e6f
+# %% ../../nbs/study/grid.ipynb #f6b563c8
 def _check_names(s:Study):
     "Refuse names that nothing has, and lists that are empty or name a thing twice"
     for registry, n in ((datasets, s.data), (networks, s.arch), (methods, s.method), *((recipes, n) for n in (s.recipe_name, s.pretrained) if n)): registry.get(n)
     for a in s.arms: arm(a)
     if not s.recipe_name and not has_recipe(s.data): raise UserError(f"{s.data} has no recipe of its own: name one by recipe_name=, such as cifar")
-    for what in ("ratios", "arms"):
-        if not getattr(s, what): raise UserError(f"a study needs {what}")
+    for what in ("ratios", "arms", "prices"):
+        if not getattr(s, what) and (what == "arms" or what == "ratios" and methods.get(s.method).amounts): raise UserError(f"a study needs {what}")
         if len(set(getattr(s, what))) < len(getattr(s, what)): raise UserError(f"{what} {', '.join(map(str, getattr(s, what)))}: one stands twice")
-    if not methods.get(s.method).amounts: raise UserError(f"{s.method} finds by its price how much goes, and a study goes by ratios: train with methods.callbacks({s.method!r}, strength=...), then methods.prune({s.method!r}, net)")
     known = _option_defaults(s)
     for k in s.options:
         if k not in known: raise UserError(f"{s.method} has no option {k!r}: there are {', '.join(known) or 'none'}")
 
-# %% ../../nbs/study/grid.ipynb #32165b8c
+# %% ../../nbs/study/grid.ipynb #57bb5362
+@patch(as_prop=True)
+def levels(self:Study) -> tuple[float, ...]:
+    "Ratios; or prices, as negative numbers"
+    return tuple(-p for p in self.prices) or self.ratios
+
+# %% ../../nbs/study/grid.ipynb #a89aa61f
+def _check_levels(s:Study):
+    "Ratios for a method that is told how much goes, prices for one that finds it; where there are none, its own"
+    m = methods.get(s.method)
+    if m.amounts:
+        if s.prices: raise UserError(f"prices {', '.join(map(str, s.prices))}: {s.method} goes by ratios; prices are for a method that finds how much goes, such as sss")
+        return
+    if s.ratios not in ((.3, .5), ()): raise UserError(f"{s.method} finds by its price how much goes: give prices instead of ratios, such as {_takes(m)['strength'].default}")
+    if "strength" in s.options: raise UserError(f"strength {s.options['strength']} of {s.method}: in a study it is given by prices")
+    force_setattr(s, "ratios", ())
+    force_setattr(s, "prices", s.prices or (_takes(m)["strength"].default,))
+    if wrong := [p for p in s.prices if not 0 < p < float("inf")]: raise UserError(f"price {wrong[0]}: give a number above 0")
+
+# %% ../../nbs/study/grid.ipynb #ca583917
 def _takes(m) -> dict:
     "The parameters of what a method adds to a training"
     return signature(m.callbacks).parameters
@@ -132,7 +153,7 @@ def _takes(m) -> dict:
 @patch(as_prop=True)
 def trains_apart(self:Study) -> bool:
     "Whether what is pruned is not the parent, but was trained with the method for its ratio, or from the parent"
-    return bool("ratio" in _takes(methods.get(self.method)) or self.pretrained)
+    return bool("ratio" in _takes(methods.get(self.method)) or self.prices or self.pretrained)
 
 # %% ../../nbs/study/grid.ipynb #7f28262d
 def _option_defaults(s:Study) -> dict:
@@ -159,12 +180,12 @@ def _check_study(s:Study):
     if s.cap is not None and not 1 <= s.cap < float("inf"): raise UserError(f"cap {s.cap}: give a factor of at least 1")
     s.base.check()
 
-# %% ../../nbs/study/grid.ipynb #7f553397
+# %% ../../nbs/study/grid.ipynb #c7849602
 def _check_method(s:Study):
     "Refuse what the method cannot do"
     m = methods.get(s.method)
     if why := m.refuses(s.base): raise UserError(f"{s.method} cannot prune {s.arch}: {why}")
-    if not callbacks(s.method, **s.training_request(s.ratios[0])) and s.pretrained: raise UserError(f"{s.method} takes no part in a training: leave pretrained out")
+    if not callbacks(s.method, **s.training_request(s.levels[0])) and s.pretrained: raise UserError(f"{s.method} takes no part in a training: leave pretrained out")
     if not 1 <= s.rounds <= 100: raise UserError(f"{s.rounds} rounds: give 1 to 100")
     if s.rounds > 1 and m.rounds is None: raise UserError(f"{s.method} prunes in one step: leave rounds out")
     if s.rewind < 0 or s.rewind and s.prunes != "tickets": raise UserError(f"rewind {s.rewind}: give a number of steps, with a method that goes back to the start, such as lottery")
@@ -194,12 +215,12 @@ def _check_parent(s:Study):
     if wrong := [a for a in s.arms if arm(a).early or arm(a).rewound]: raise UserError(f"arm {wrong[0]} trains the parent in another way or for a shorter time, but the parent is given: leave the arm out")
     if not s.parent_sha256: force_setattr(s, "parent_sha256", weights_digest(given_net(s.parent, s.base)))
 
-# %% ../../nbs/study/grid.ipynb #cd098e24
+# %% ../../nbs/study/grid.ipynb #865c4bb4
 @patch(as_prop=True)
 def counts(self:Study) -> dict[str, int] | None:
     "Channels that the method keeps by site at the first ratio; None where trained weights decide, empty where single weights go"
     m = methods.get(self.method)
-    return m.counts(self.base, *read_request(m, self.request(self.ratios[0])))
+    return m.counts(self.base, *read_request(m, self.request(self.levels[0])))
 
 # %% ../../nbs/study/grid.ipynb #394defec
 @patch(as_prop=True)
@@ -214,24 +235,24 @@ def known(self:Study) -> bool:
     picked = any(self.base.site(n).kind in ("in", "out") and k < self.base.site(n).width for n, k in (self.counts or {}).items()) # which channels of a stream, only weights say
     return bool(self.counts) and not picked and (self.rounds == 1 or _sitewise(self)) and self.prunes == "channels"
 
-# %% ../../nbs/study/grid.ipynb #e044407a
+# %% ../../nbs/study/grid.ipynb #dbe1b603
 def _sitewise(s:Study) -> bool:
     "Whether rounds take other sites in turn, so that each gives once and the widths in the end are those of a single step"
-    m, request = methods.get(s.method), s.request(s.ratios[0])
-    return isinstance(m.rounds(s.ratios[0], s.rounds, {**m.options, **request}, s.base)[0], dict)
+    m, request = methods.get(s.method), s.request(s.levels[0])
+    return isinstance(m.rounds(s.levels[0], s.rounds, {**m.options, **request}, s.base)[0], dict)
 
-# %% ../../nbs/study/grid.ipynb #2f17174c
+# %% ../../nbs/study/grid.ipynb #49319a8f
 @patch
 def request(self:Study, ratio:float) -> dict:
     "What the method is asked for"
-    return {"ratio": ratio, **{k: v for k, v in self.options.items() if k in methods.get(self.method).options}}
+    return {**({"ratio": ratio} if ratio >= 0 else {}), **{k: v for k, v in self.options.items() if k in methods.get(self.method).options}}
 
-# %% ../../nbs/study/grid.ipynb #a07a4c6c
+# %% ../../nbs/study/grid.ipynb #9ccb34fc
 @patch
 def training_request(self:Study, ratio:float) -> dict:
     "What is asked of the method's part in a training"
     takes = _takes(methods.get(self.method))
-    return {k: v for k, v in self.options.items() if k in takes} | ({"ratio": ratio} if "ratio" in takes else {})
+    return {k: v for k, v in self.options.items() if k in takes} | ({"ratio": ratio} if "ratio" in takes else {}) | ({"strength": -ratio} if ratio < 0 else {})
 
 # %% ../../nbs/study/grid.ipynb #f865784e
 @patch(as_prop=True)
@@ -268,11 +289,11 @@ def network(self:Study) -> str:
              "as the reference" if self.reference else "", f"given parent {self.parent_sha256[:6]}" if self.parent else ""]
     return ", ".join([self.arch, *filter(None, extra)])
 
-# %% ../../nbs/study/grid.ipynb #06455acd
+# %% ../../nbs/study/grid.ipynb #6267a12b
 @patch(as_prop=True)
 def way(self:Study) -> str:
     "The method's name, with what is unusual about how it prunes"
-    extra = [*(f"{k}={v}" for k, v in self.options.items()), f"{self.rounds} rounds" if self.rounds > 1 else "",
+    extra = [*(f"{k}={'+'.join(v) if isinstance(v, tuple) else v}" for k, v in self.options.items()), f"{self.rounds} rounds" if self.rounds > 1 else "",
              f"back to step {self.rewind}" if self.rewind else "", f"from the parent by {self.pretrained}" if self.pretrained else "", f"Scratch-B at most x{self.cap:g}" if self.cap else ""]
     return ", ".join([self.method, *filter(None, extra)])
 

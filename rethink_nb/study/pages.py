@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['setup_of', 'write_page_of', 'command']
 
-# %% ../../nbs/study/pages.ipynb #49d7e661
+# %% ../../nbs/study/pages.ipynb #534e3ce0
 import shlex
 from pathlib import Path
 
@@ -13,20 +13,21 @@ from fastcore.basics import patch
 
 from ..core.errors import UserError
 from ..methods.plugins import plugin_of, plugins_loaded
+from ..report.stats import level_words
 from .grid import USUAL, Study
 from .store import Store
 from .trial import Trial
 from ..training.arms import arm
 from ..training.data import shipped
 
-# %% ../../nbs/study/pages.ipynb #02180f21
+# %% ../../nbs/study/pages.ipynb #2138a601
 def setup_of(s:Study) -> str:
     "One line on a study: network, images, epochs, seeds"
     images = "all training images" if s.subset is None else f"a subset of {s.subset:,} training images"
     width = f" at {s.width:g} x its width" if s.width != 1 else ""
     parent = f"given parent {s.parent_sha256[:12]}, recipe" if s.parent else "parent"
     more = ", ".join(["", *filter(None, [s.recipe_name, *(f"{k} {v}" for k, v in s.training.items()), "as the reference (no image held out, the test images looked at after each epoch)" if s.reference else ""])])
-    return (f"{s.arch}{width} on {s.data} ({images}), {s.way} at {', '.join(f'{r:.0%}' for r in s.ratios)}: {parent} {s.recipe.epochs} epochs, "
+    return (f"{s.arch}{width} on {s.data} ({images}), {s.way} at {', '.join(map(level_words, s.levels))}: {parent} {s.recipe.epochs} epochs, "
             f"rate {s.recipe.lr:g} {s.recipe.schedule}, {s.precision}, {s.seeds} seeds{more}")
 
 # %% ../../nbs/study/pages.ipynb #e9d613d9
@@ -119,10 +120,10 @@ def commands(self:Trial) -> list[str]:
     "The commands that make these studies again"
     return [command(s, self.store) for s in self.studies]
 
-# %% ../../nbs/study/pages.ipynb #ff2ad45d
+# %% ../../nbs/study/pages.ipynb #5741ab87
 def command(s:Study, store:Store) -> str:
     "The command that carries a study out"
-    words = ["rethink-nb", "run", s.method, "--data", s.data, "--arch", s.arch, "--ratio", ",".join(map(str, s.ratios)), "--seeds", str(s.seeds), "--scale", s.scale, "--precision", s.precision]
+    words = ["rethink-nb", "run", s.method, "--data", s.data, "--arch", s.arch, *(["--prices", ",".join(map(str, s.prices))] if s.prices else ["--ratio", ",".join(map(str, s.ratios))]), "--seeds", str(s.seeds), "--scale", s.scale, "--precision", s.precision]
     words += ["--arms", ",".join(s.arms)] if s.arms != USUAL[s.prunes] else []
     for k in ("epochs", "subset", "margin"): words += [f"--{k}", str(getattr(s, k))] if getattr(s, k) is not None else []
     for k in ("options", "training"): words += [f"--{k}", _pairs(getattr(s, k))] if getattr(s, k) else []

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['data_of', 'check_data', 'execute', 'subject_of', 'recipe_of', 'asked_of', 'adopt', 'start_worker', 'work']
 
-# %% ../../nbs/study/run.ipynb #174131d8
+# %% ../../nbs/study/run.ipynb #91324263
 import json, os, signal, threading
 from functools import lru_cache
 from multiprocessing import connection, parent_process
@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ..arch.gates import folded
 from ..arch.spec import Arch
 from ..core.errors import UserError
 from ..core.files import write_text
@@ -73,7 +74,7 @@ def subject_of(run:Run, store:Store) -> tuple[nn.Module | None, Arch, dict[str, 
     if run.arch and arch.scratch() != run.arch.scratch(): raise RuntimeError(f"run {run.id}: its start has another architecture than was planned")
     return net, arch, masks
 
-# %% ../../nbs/study/run.ipynb #880f1a5e
+# %% ../../nbs/study/run.ipynb #1d844524
 def _start_of(run:Run, store:Store) -> nn.Module | None:
     "The trained network that a training starts from"
     if not run.start or not run.init: return store.network(run.start.id) if run.start else None
@@ -81,7 +82,7 @@ def _start_of(run:Run, store:Store) -> nn.Module | None:
     while at:
         prunings += [at] if at.kind == "prune" else []
         at = at.start
-    for p in reversed(prunings): net = cut(net, store.plan(p.id))
+    for p in reversed(prunings): net = cut(folded(net), store.plan(p.id))
     return net
 
 # %% ../../nbs/study/run.ipynb #3a4fd8d7
