@@ -83,6 +83,17 @@ def test_every_arm_of_a_method_that_looks_or_trains(name, tmp_path):
     assert cost.pruned == (2 if s.pretrained else 1)*cost.parent
 
 
+@pytest.mark.parametrize("more", [dict(method="soft-filter"), dict(method="slimming", options=dict(strength=.001)), dict(method="sss", ratios=(), prices=(.1,))], ids=lambda m: m["method"])
+def test_all_arms_go_back_to_one_training_of_the_method(more):
+    "By the recipe that was named for it; an early arm shortens that recipe, a rewound one goes back in it"
+    s = Study(**SMALL | dict(arch="resnet8-digits", epochs=None) | more, pretrained="cifar", arms=["pruned", "fine-tune", "scratch-e", "scratch-b", "random-channels", "weight-rewind", "pipeline-e"])
+    trained = {c.arm: {r.recipe for r in c.run.lineage() if r.method == s.method and r.kind == "train"} for c in s.cells()}
+    own = s.recipe_after
+    assert own.epochs == 160 and all(trained[a] <= {own} for a in ("pruned", "fine-tune", "scratch-e", "scratch-b", "random-channels"))
+    assert trained["pruned"] == {own} and trained["weight-rewind"] == {own, own.replace(first=40)}
+    assert {r.epochs for r in trained["pipeline-e"] - {own}} == {120}
+
+
 def test_shuffled_masks_have_the_counts_that_rounds_left(tmp_path):
     trial, runs = carried_out(Study(**SMALL | STUDIES["magnitude rounds"], arms=["pruned", "shuffled-mask"]), tmp_path)
     own, control = trial.store.masks(runs["pruned"].id), trial.store.masks(runs["shuffled-mask"].start.id)

@@ -189,7 +189,7 @@ def plan_of(m:Method, arch:Arch, choice:Choice, asked:dict[str, Any], seed:int) 
     return Plan(parent=arch.id, keep=keep, scores=scores, masks={k: pack(v) for k, v in choice.masks.items()}, constants=choice.constants,
                 method=m.name, version=m.version, options={**plain, "seed": seed})
 
-# %% ../../nbs/methods/base.ipynb #9692ae8f
+# %% ../../nbs/methods/base.ipynb #085ba6db
 def _in_rounds(m:Method, net:nn.Module, ratio, rounds:int, retrain, given:dict) -> Pruned:
     "Prune, retrain, prune again; the costs before are those of the first network"
     if m.rounds is None: raise UserError(f"{m.name} prunes in one step: leave rounds out")
@@ -197,8 +197,8 @@ def _in_rounds(m:Method, net:nn.Module, ratio, rounds:int, retrain, given:dict) 
     if retrain is None: raise UserError(f"{rounds} rounds of {m.name} need retrain=, a function that is given what was pruned and returns the trained network")
     if isinstance(ratio, (list, tuple)) or ratio is None: raise UserError("rounds go with one ratio for all")
     check_ratio(ratio)
-    options, first = {**m.options, **{k: v for k, v in given.items() if k in m.options}}, None
-    if given["batches"] is not None: given["batches"] = list(given["batches"]) # each round goes over them
+    (_, options), first = read_request(m, dict(ratio=ratio, **{k: v for k, v in given.items() if k not in ("batches", "seed", "init", "masks")})), None
+    if given["batches"] is not None and not isinstance(given["batches"], torch.Tensor): given["batches"] = list(given["batches"]) # each round goes over them
     for k, part in enumerate(m.rounds(ratio, rounds, options, arch_of(net)), 1):
         p = prune(m.name, net, **{**given, **(part if isinstance(part, dict) else dict(ratio=part))})
         first = first or p

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SELECTS', 'CROSS_OPTIONS', 'choose_crossed', 'crossed']
 
-# %% ../../nbs/methods/cross.ipynb #e5eec6ef
+# %% ../../nbs/methods/cross.ipynb #25337002
 from collections.abc import Callable, Iterable
 from functools import partial
 
@@ -20,7 +20,7 @@ from .l1 import filter_scores
 from .layerwise import choose_by_layer, layer_counts
 from .ranking import largest
 from .reconstruct import RESCALES, Layer
-from .regression import REGRESSION_OPTIONS, lasso_choice
+from .regression import REGRESSION_OPTIONS, check_fit, lasso_choice
 from .survey import one_number
 from .thinet import greedy_choice
 
@@ -45,18 +45,19 @@ SELECTS = {
 
 CROSS_OPTIONS = {k: v for k, v in REGRESSION_OPTIONS.items() if k != "exact_width"} | dict(images=1000, select="l1")
 
-# %% ../../nbs/methods/cross.ipynb #ae0a5073
+# %% ../../nbs/methods/cross.ipynb #bdd6c0ce
 def choose_crossed(net:nn.Module, ask:Ask) -> Choice:
     "Channels by one choice, layers behind by one fit"
     return choose_by_layer(net, ask, SELECTS[ask.options["select"]](net, {**ask.options, "exact_width": True}, ask.seed))
 
 def _counts(arch:Arch, amount:dict, options:dict) -> dict[str, int]:
     if options["select"] not in SELECTS: raise UserError(f"select {options['select']!r}: give {', '.join(map(repr, SELECTS))}")
+    check_fit(options)
     return layer_counts(arch, amount, options)
 
 register(Method("layerwise", "Any choice with any reconstruction", "control", "control (He et al., ICCV 2017, compare choices under their reconstruction)", choose_crossed, _counts, options=CROSS_OPTIONS, needs=("batches",)));
 
-# %% ../../nbs/methods/cross.ipynb #06e4cf91
+# %% ../../nbs/methods/cross.ipynb #71d85073
 def crossed(
     net:nn.Module, # trained, with its `.arch`; left as it is
     batches:Iterable, # (images, labels), as training images are
@@ -69,6 +70,6 @@ def crossed(
 ): # DataFrame: select, rescale, ratio, seed, value
     "What the pruned network is worth, without training, for every choice with every fit"
     from pandas import DataFrame
-    ratios, selects, rescales, batches = ([v] if isinstance(v, (str, float)) else list(v) for v in (ratios, selects, rescales, [batches] if isinstance(batches, torch.Tensor) else batches))
+    ratios, selects, rescales, batches = ([v] if isinstance(v, (str, int, float)) else list(v) for v in (ratios, selects, rescales, [batches] if isinstance(batches, torch.Tensor) else batches))
     worth = lambda r, s, how: one_number(evaluate(prune("layerwise", net, r, batches=batches, seed=seed, select=s, rescale=how, **options).net))
     return DataFrame([dict(select=s, rescale=how, ratio=r, seed=seed, value=worth(r, s, how)) for r in ratios for s in selects for how in rescales])

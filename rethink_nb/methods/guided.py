@@ -6,10 +6,11 @@
 __all__ = ['GUIDED_OPTIONS', 'stage_shares', 'guided_counts', 'guided_arch', 'place_rates', 'guided_masks', 'choose_guided',
            'guided_training']
 
-# %% ../../nbs/methods/guided.ipynb #17c09025
+# %% ../../nbs/methods/guided.ipynb #678c847e
 from collections.abc import Iterable
 from dataclasses import replace
 from fractions import Fraction
+from inspect import signature
 from math import floor
 
 import torch
@@ -120,24 +121,26 @@ def _patterned(shape:tuple[int, ...], rate:torch.Tensor, draw:torch.Generator) -
     places = [torch.zeros(n, dtype=torch.bool).index_fill(0, torch.randperm(n, generator=draw)[:floor(float(r)*n + .5)], True) for r in rate.flatten()]
     return torch.stack(places, 1).view(shape)
 
-# %% ../../nbs/methods/guided.ipynb #16a19415
+# %% ../../nbs/methods/guided.ipynb #66b1f326
 GUIDED_OPTIONS = dict(by="slimming", min_keep=1, mode="exact", linear=False)
 
 def _source(options:dict) -> tuple[Method, dict]:
     "The method whose result is the guide, and its options"
     m = methods.get(options["by"])
-    if m.name == "guided" or m.needs or "ratio" not in m.amounts: raise UserError(f"by {m.name!r}: guided takes after methods that find widths or masks in a trained network alone, such as slimming, l1 or magnitude")
+    own_training = m.name != "slimming" and bool(signature(m.callbacks).parameters)
+    if m.name == "guided" or m.category == "control" or m.needs or own_training or "ratio" not in m.amounts: raise UserError(f"by {m.name!r}: guided takes after methods that find widths or masks in a trained network alone, such as slimming, l1 or magnitude")
     own = {k: v for k, v in options.items() if k in m.options}
     if m.options.get("scope") == "layer" and "min_keep" in m.options: own["scope"] = "global" # by layer there would be nothing to average
     return m, {**m.options, **own}
 
-# %% ../../nbs/methods/guided.ipynb #82406b93
+# %% ../../nbs/methods/guided.ipynb #99407ee9
 def choose_guided(net:nn.Module, ask:Ask) -> Choice:
     "The design of what another method keeps, in the channels that it likes best"
     m, options = _source(ask.options)
     arch = net.arch
     if why := m.refuses(arch): raise UserError(f"{m.name} cannot guide the pruning of this {arch.family}: {why}")
     found = m.choose(net, replace(ask, options=options, counts=m.counts(arch, ask.amount, options)))
+    if not found.masks and (odd := [n for n in found.keep if n not in found.scores or arch.site(n) not in _designed(arch)]): raise UserError(f"{m.name} gives no scores of {odd[0]}, or prunes there what no stage mean speaks of: take another guide")
     if found.masks: return Choice(masks=guided_masks(place_rates(found.masks, arch), arch, ask.seed))
     shares = {}
     for name in found.keep: shares.setdefault(_role(arch.site(name)), []).append(Fraction(len(found.keep[name]), arch.site(name).width))

@@ -107,7 +107,7 @@ def put_back(
     if m.bias is not None: m.bias += intercept.to(m.bias)
     else: (mean := net.get_submodule(_norm(net.arch, layer)).running_mean).sub_(intercept.to(mean))
 
-# %% ../../nbs/methods/layerwise.ipynb #7b60944b
+# %% ../../nbs/methods/layerwise.ipynb #5ffd4450
 def choose_by_layer(
     net:nn.Module,
     ask:Ask, # its options are those of `LAYER_OPTIONS`, and more
@@ -120,7 +120,7 @@ def choose_by_layer(
         n, width = ask.counts.get(site), net.arch.site(site).width
         if n is None or n == width: continue
         l = look(now, net, site, images, o["draws"], ask.seed, o["targets"], o.get("shortcut", False))
-        if not l.x.isfinite().all(): raise UserError(f"what {readers(net.arch)[site]} reads is not finite; are the weights, and the images?")
+        if not (l.x.isfinite().all() and l.weight.isfinite().all() and (l.wanted is None or l.wanted.isfinite().all())): raise UserError(f"the weights of {readers(net.arch)[site]}, or what it reads, are not finite; are all weights, and the images?")
         kept, scores[site] = select(l, n)
         put_back(now, readers(net.arch)[site], kept, *refit(l, kept, o["rescale"], o.get("ridge", 0.)))
         keep[site] = kept

@@ -53,7 +53,7 @@ def smallest_filters(
     if not norms.isfinite().all(): raise UserError("a filter has weights that are not finite: has the training diverged?")
     return norms.sort(stable=True).indices[:n].tolist()
 
-# %% ../../nbs/methods/soft_filter.ipynb #3d6d1655
+# %% ../../nbs/methods/soft_filter.ipynb #ef9332a4
 class SoftFilters(Callback):
     "Set the smallest filters of every convolution to zero after each epoch, and remember all norms as they were before"
     def __init__(self,
@@ -62,7 +62,7 @@ class SoftFilters(Callback):
         skip:tuple[str, ...]=(), # sites that stay whole
     ):
         filters_gone(1, ratio, mode)
-        self.ratio, self.mode, self.skip, self.norms = float(ratio), mode, tuple(skip), [] # norms: a tensor an epoch, all filters one behind the other
+        self.ratio, self.mode, self.skip, self.norms = float(ratio), mode, (skip,) if isinstance(skip, str) else tuple(skip), [] # norms: a tensor an epoch, all filters one behind the other
 
     def prepare(self, net:nn.Module):
         counts = soft_counts(net.arch, dict(ratio=self.ratio), dict(skip=self.skip, mode=self.mode))

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['proximal_step', 'SparseFactors', 'sss_training', 'choose_sss']
 
-# %% ../../nbs/methods/sss.ipynb #59a0859a
+# %% ../../nbs/methods/sss.ipynb #48e0909e
 from collections.abc import Iterable
 
 import torch
 from torch import nn
 
-from ..arch.gates import GATES, add_gates, gate_place, gate_sites
+from ..arch.gates import GATES, add_gates, gate_place, gate_sites, gated
 from ..arch.spec import Arch
 from ..core.errors import UserError
 from ..core.events import Callback
@@ -31,7 +31,7 @@ def proximal_step(
     v = momentum*v + z - factor
     return (z + momentum*v).clamp_min(0), v
 
-# %% ../../nbs/methods/sss.ipynb #f59a41c3
+# %% ../../nbs/methods/sss.ipynb #d5742a10
 class SparseFactors(Callback):
     "Put gates on a network, train them by proximal steps, and remember all factors after every epoch"
     def __init__(self,
@@ -43,9 +43,11 @@ class SparseFactors(Callback):
         if isinstance(strength, (str, bool)) or not 0 <= strength < float("inf"): raise UserError(f"strength {strength}: give gamma, a number of at least 0, such as 0.01")
         if not 0 <= momentum < 1: raise UserError(f"momentum {momentum}: give a number from 0 to below 1")
         self.strength, self.gates, self.group, self.momentum, self.history = float(strength), (gates,) if isinstance(gates, str) else tuple(gates), group, momentum, []
+        if wrong := [on for on in self.gates if on not in GATES]: raise UserError(f"gates on {wrong[0]!r}: give {', '.join(map(repr, GATES))}")
 
     def prepare(self, net:nn.Module):
         if not net.arch.gates: add_gates(net, self.gates, self.group)
+        elif self.gates and gated(net.arch.replace(gates=()), self.gates, self.group) != net.arch: raise UserError("this network has other gates than those asked for: fold them first (arch.gates.folded), or leave gates out")
         self.params = [net.get_submodule(g.at).gate for g in net.arch.gates]
         self.v = torch.zeros(sum(map(len, self.params)), device=self.params[0].device)
 

@@ -17,13 +17,14 @@ from .base import Ask, Choice, Method, register
 from .layerwise import LAYER_OPTIONS, choose_by_layer, layer_counts, read_sites
 from .reconstruct import Layer
 
-# %% ../../nbs/methods/thinet.ipynb #d4644b5e
+# %% ../../nbs/methods/thinet.ipynb #41a81ad5
 def backward_greedy(
     gram:torch.Tensor, # (C,C), float64
     n:int, # channels that stay
+    right:torch.Tensor | None=None, # (C,): X'y of another answer than the sum of all channels; what that lacks counts as lost
 ) -> list[int]: # in the order in which they go
     "The channels that go, least harm first (ICCV)"
-    lost, size, gone = torch.zeros(len(gram), dtype=gram.dtype), gram.diagonal(), []
+    lost, size, gone = torch.zeros(len(gram), dtype=gram.dtype) if right is None else right - gram.sum(1), gram.diagonal(), []
     for _ in range(len(gram) - n):
         harm = 2*lost + size
         harm[gone] = torch.inf
@@ -31,14 +32,15 @@ def backward_greedy(
         lost += gram[:, gone[-1]]
     return gone
 
-# %% ../../nbs/methods/thinet.ipynb #bd708602
+# %% ../../nbs/methods/thinet.ipynb #95bba4cb
 def forward_greedy(
     gram:torch.Tensor, # (C,C), float64
     n:int, # channels that stay
+    right:torch.Tensor | None=None, # (C,): X'y of another answer than the sum of all channels
 ) -> list[int]: # in the order in which they are chosen
     "The channels that stay, most gain first (TPAMI)"
     left, size, chosen = gram.clone(), gram.diagonal(), []
-    missing = gram.sum(1) # x_j'r of every channel, at first r = y
+    missing = gram.sum(1) if right is None else right # x_j'r of every channel, at first r = y
     for _ in range(n):
         gain = torch.where(size > 0, missing.square()/size, -1.)
         gain[chosen] = -torch.inf
@@ -49,14 +51,14 @@ def forward_greedy(
             missing, left = missing - column*missing[j], left - torch.outer(column, left[j])
     return chosen
 
-# %% ../../nbs/methods/thinet.ipynb #e70bdc0c
+# %% ../../nbs/methods/thinet.ipynb #d48f18dd
 VARIANTS = {"backward": backward_greedy, "forward": forward_greedy}
 
 def greedy_choice(variant:str) -> Callable: # (Layer, n) -> (channels kept, ascending; a score a channel)
     "How one of the variants chooses"
     if variant not in VARIANTS: raise UserError(f"variant {variant!r}: give {' or '.join(map(repr, VARIANTS))}")
     def select(l:Layer, n:int) -> tuple[tuple[int, ...], torch.Tensor]:
-        width, order = l.x.shape[1], VARIANTS[variant](l.parts.T @ l.parts, n)
+        width, order = l.x.shape[1], VARIANTS[variant](l.parts.T @ l.parts, n, None if l.wanted is None else l.parts.T @ l.target)
         named = torch.zeros(width, dtype=torch.bool).index_fill_(0, torch.tensor(order, dtype=torch.long), True)
         kept = named if variant == "forward" else ~named
         scores = torch.full((width,), float(len(order)) if variant == "backward" else 0.)

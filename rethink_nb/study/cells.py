@@ -83,7 +83,7 @@ def between(self:Study) -> Recipe:
     "The training between two rounds"
     return self.recipe.replace(skip=self.rewind) if self.prunes == "tickets" or _added(self, self.levels[0]) else fine_tune(self.recipe)
 
-# %% ../../nbs/study/cells.ipynb #ce5b98c5
+# %% ../../nbs/study/cells.ipynb #28b02d99
 @patch
 def first_run(self:Study,
     ratio:float,
@@ -91,7 +91,7 @@ def first_run(self:Study,
     epochs:int, # how many
 ) -> Run:
     "The first epochs of the training of what is pruned, to whose weights an arm goes back"
-    return self.subject_run(ratio, seed, self.recipe_after.replace(first=epochs) if self.trains_apart else self.recipe.replace(first=epochs))
+    return self.subject_run(ratio, seed, self.recipe_after.replace(first=epochs))
 
 # %% ../../nbs/study/cells.ipynb #ce5a1ecd
 @patch
@@ -108,28 +108,30 @@ def control_run(self:Study, method:str, ratio:float, seed:int) -> Run:
     small = pruned_arch(self.method, self.base, **self.request(ratio))
     return run.replace(request={"widths": {s.name: small.site(s.name).width for s in inner_sites(self.base)}})
 
-# %% ../../nbs/study/cells.ipynb #0dd5c08d
+# %% ../../nbs/study/cells.ipynb #5a3f8909
 @patch
 def arm_run(self:Study, arm:Arm, ratio:float, seed:int) -> Run:
     "The run that answers an arm"
     if arm.start == "none": return self.parent_run(seed)
-    start = self.prune_run(self.method if arm.start == "method" else arm.start, ratio, seed, arm.parent(self.recipe)) if arm.from_parent else None
+    whole = self.recipe_after if arm.early or arm.rewound else self.recipe # the training that it shortens or goes back in is that of what is pruned
+    start = self.prune_run(self.method if arm.start == "method" else arm.start, ratio, seed, arm.parent(whole) if arm.early else None) if arm.from_parent else None
     if not arm.trained: return start
-    back = dict(init=self.first_run(ratio, seed, self.recipe.epochs - arm.retraining(self.recipe))) if arm.rewound else {}
+    back = dict(init=self.first_run(ratio, seed, whole.epochs - arm.retraining(whole))) if arm.rewound else {}
     if not self.known: return self.found_run(arm, start, ratio, seed).replace(**back)
     small = pruned_arch(self.method, self.base, **self.request(ratio))
-    r = arm.recipe(self.recipe, self.base.count().flops/small.count().flops, self.cap)
+    r = arm.recipe(whole, self.base.count().flops/small.count().flops, self.cap)
     return Run(kind="train", data=self.images, arch=small if start else small.scratch(), recipe=r, start=start, seed=seed, **back)
 
-# %% ../../nbs/study/cells.ipynb #0b29ce08
+# %% ../../nbs/study/cells.ipynb #17825100
 @patch
 def found_run(self:Study, arm:Arm, start:Run | None, ratio:float, seed:int) -> Run:
     "The run that answers an arm, where the parent's weights say what stays: its epochs before any stretching"
-    r = arm.recipe(self.recipe).replace(skip=self.rewind if arm.late else 0)
+    whole = self.recipe_after if arm.early or arm.rewound else self.recipe
+    r = arm.recipe(whole).replace(skip=self.rewind if arm.late else 0)
     of = dict(start=start) if start else dict(shape=self.prune_run(self.method, ratio, seed))
     weights = self.counts == {} # non-zero MACs alone: zeros save nothing in the reference's convention
     if arm.stretched:
-        r, extra = r.scaled(r.epochs - arm.extra(self.recipe)), arm.extra(self.recipe) # what comes on top is not stretched
+        r, extra = r.scaled(r.epochs - arm.extra(whole)), arm.extra(whole) # what comes on top is not stretched
         of |= dict(budget="nonzero_macs" if weights else "flops", cap=self.cap or (2. if weights else None), extra=extra)
     return Run(kind="train", data=self.images, arch=None, recipe=r, seed=seed, **of)
 

@@ -27,7 +27,7 @@ def readers(arch:Arch) -> dict[str, str]: # name of a module, by site; front to 
     order = {name: i for i, (name, _) in enumerate(arch.blank().named_modules())}
     return dict(sorted(found.items(), key=lambda x: order[x[1]]))
 
-# %% ../../nbs/surgery/capture.ipynb #62856898
+# %% ../../nbs/surgery/capture.ipynb #12afe74f
 def gather_images(
     batches:Iterable, # (images, labels), or images
     arch:Arch, # which must fit them
@@ -35,6 +35,7 @@ def gather_images(
 ) -> torch.Tensor: # (N,C,H,W), floats
     "The first images of some batches as one tensor"
     if isinstance(batches, torch.Tensor): batches = [batches]
+    if not isinstance(batches, Iterable): raise UserError(f"batches: give an iterable of (images, labels), such as training.plain_batches(data, 1000), not a {type(batches).__name__}")
     found, n = [], 0
     for b in batches:
         x = b[0] if isinstance(b, (tuple, list)) and b else b
