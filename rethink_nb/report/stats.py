@@ -171,10 +171,10 @@ def verdicts(frame, # the trial frame
             rows.append((*key, arm_a, arm_b, *compare(a, b, margin, alpha, paired)))
     return pd.DataFrame(rows, columns=[*by, "arm_a", "arm_b", *Comparison._fields]).astype({"needed": "Int64"})
 
-# %% ../../nbs/report/stats.ipynb #2fc9cfdd
+# %% ../../nbs/report/stats.ipynb #aa07a3d9
 def level_words(level:float) -> str: # a ratio, or a price as a negative number
     "A share removed, or the price at which it was found"
-    return f"{100*level:.3g}%" if level >= 0 else f"price {-level:g}"
+    return f"price {-level:g}" if level < 0 else f"{100*level:.3g}%"
 
 # %% ../../nbs/report/stats.ipynb #2545760d
 def statement(row, # a row of `verdicts`

@@ -241,18 +241,18 @@ def _sitewise(s:Study) -> bool:
     m, request = methods.get(s.method), s.request(s.levels[0])
     return isinstance(m.rounds(s.levels[0], s.rounds, {**m.options, **request}, s.base)[0], dict)
 
-# %% ../../nbs/study/grid.ipynb #49319a8f
+# %% ../../nbs/study/grid.ipynb #ee7f14b7
 @patch
 def request(self:Study, ratio:float) -> dict:
     "What the method is asked for"
-    return {**({"ratio": ratio} if ratio >= 0 else {}), **{k: v for k, v in self.options.items() if k in methods.get(self.method).options}}
+    return {**({} if self.prices else {"ratio": ratio}), **{k: v for k, v in self.options.items() if k in methods.get(self.method).options}}
 
-# %% ../../nbs/study/grid.ipynb #9ccb34fc
+# %% ../../nbs/study/grid.ipynb #a0694f11
 @patch
 def training_request(self:Study, ratio:float) -> dict:
     "What is asked of the method's part in a training"
     takes = _takes(methods.get(self.method))
-    return {k: v for k, v in self.options.items() if k in takes} | ({"ratio": ratio} if "ratio" in takes else {}) | ({"strength": -ratio} if ratio < 0 else {})
+    return {k: v for k, v in self.options.items() if k in takes} | ({"ratio": ratio} if "ratio" in takes else {}) | ({"strength": -ratio} if self.prices and ratio < 0 else {})
 
 # %% ../../nbs/study/grid.ipynb #f865784e
 @patch(as_prop=True)
