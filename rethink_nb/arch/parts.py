@@ -213,15 +213,20 @@ def _check_constant(c:Constant, m:nn.Module):
     if n is None: raise UserError(f"a constant is to be added at {c.at or 'the network'}, a {type(m).__name__}: it can be at a convolution, a linear layer, a scatter or a rest")
     if c.shape[0] != n or len(c.shape) != (1 if isinstance(m, nn.Linear) else 3): raise UserError(f"the constant at {c.at} has shape {c.shape}, where {n} channels are put out")
 
-# %% ../../nbs/arch/parts.ipynb #3fd8eeaa
+# %% ../../nbs/arch/parts.ipynb #d66e930d
+def _module_at(net:nn.Module, at:str, what:str) -> nn.Module:
+    "A module by its name, or a refusal that says what was to be done there"
+    try: return net.get_submodule(at)
+    except AttributeError: raise UserError(f"{what} at {at}, which is no part of this network") from None
+
+# %% ../../nbs/arch/parts.ipynb #41738460
 def attach_constants(
     net:nn.Module, # changed in place
     constants:tuple[Constant, ...],
 ):
     "Give modules a buffer `constant`, zero for now, that is added to what they put out"
     for c in constants:
-        try: m = net.get_submodule(c.at)
-        except AttributeError: raise UserError(f"a constant is to be added at {c.at}, which is no part of this network") from None
+        m = _module_at(net, c.at, "a constant is to be added")
         _check_constant(c, m)
         m.register_buffer("constant", torch.zeros(c.shape))
         m.register_forward_hook(plus_constant)
@@ -236,15 +241,14 @@ def times_gate(m:nn.Module, args, y:torch.Tensor) -> torch.Tensor: # a forward h
     "What a module puts out times its factors"
     return y*m.gate.repeat_interleave(y.shape[1]//len(m.gate))[:, None, None]
 
-# %% ../../nbs/arch/parts.ipynb #e7b82fac
+# %% ../../nbs/arch/parts.ipynb #66dc6e6d
 def attach_gates(
     net:nn.Module, # changed in place
     gates:tuple[Gate, ...],
 ):
     "Give modules a parameter `gate`, 1 for now, that multiplies what they put out"
     for g in gates:
-        try: m = net.get_submodule(g.at)
-        except AttributeError: raise UserError(f"a gate is to be put at {g.at}, which is no part of this network") from None
+        m = _module_at(net, g.at, "a gate is to be put")
         if not isinstance(m, (nn.Conv2d, nn.BatchNorm2d)): raise UserError(f"a gate is to be put at {g.at or 'the network'}, a {type(m).__name__}: it can be at a convolution or a batch norm")
         if not 1 <= g.factors <= len(m.weight) or len(m.weight) % g.factors: raise UserError(f"the gate at {g.at} has {g.factors} factors for {len(m.weight)} channels: give a divisor of them")
         m.gate = nn.Parameter(torch.ones(g.factors, device=m.weight.device, dtype=m.weight.dtype))

@@ -108,12 +108,17 @@ def control_run(self:Study, method:str, ratio:float, seed:int) -> Run:
     small = pruned_arch(self.method, self.base, **self.request(ratio))
     return run.replace(request={"widths": {s.name: small.site(s.name).width for s in inner_sites(self.base)}})
 
-# %% ../../nbs/study/cells.ipynb #5a3f8909
+# %% ../../nbs/study/cells.ipynb #0b60d969
+def _whole(s:Study, arm:Arm) -> Recipe:
+    "The recipe that an arm's own is derived from: the parent's, or, where it shortens or goes back in the training of what is pruned, that one's"
+    return s.recipe_after if arm.early or arm.rewound else s.recipe
+
+# %% ../../nbs/study/cells.ipynb #a11cd3a2
 @patch
 def arm_run(self:Study, arm:Arm, ratio:float, seed:int) -> Run:
     "The run that answers an arm"
     if arm.start == "none": return self.parent_run(seed)
-    whole = self.recipe_after if arm.early or arm.rewound else self.recipe # the training that it shortens or goes back in is that of what is pruned
+    whole = _whole(self, arm)
     start = self.prune_run(self.method if arm.start == "method" else arm.start, ratio, seed, arm.parent(whole) if arm.early else None) if arm.from_parent else None
     if not arm.trained: return start
     back = dict(init=self.first_run(ratio, seed, whole.epochs - arm.retraining(whole))) if arm.rewound else {}
@@ -122,11 +127,11 @@ def arm_run(self:Study, arm:Arm, ratio:float, seed:int) -> Run:
     r = arm.recipe(whole, self.base.count().flops/small.count().flops, self.cap)
     return Run(kind="train", data=self.images, arch=small if start else small.scratch(), recipe=r, start=start, seed=seed, **back)
 
-# %% ../../nbs/study/cells.ipynb #17825100
+# %% ../../nbs/study/cells.ipynb #6bee4f19
 @patch
 def found_run(self:Study, arm:Arm, start:Run | None, ratio:float, seed:int) -> Run:
     "The run that answers an arm, where the parent's weights say what stays: its epochs before any stretching"
-    whole = self.recipe_after if arm.early or arm.rewound else self.recipe
+    whole = _whole(self, arm)
     r = arm.recipe(whole).replace(skip=self.rewind if arm.late else 0)
     of = dict(start=start) if start else dict(shape=self.prune_run(self.method, ratio, seed))
     weights = self.counts == {} # non-zero MACs alone: zeros save nothing in the reference's convention
