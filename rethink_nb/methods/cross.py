@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SELECTS', 'CROSS_OPTIONS', 'choose_crossed', 'crossed']
 
-# %% ../../nbs/methods/cross.ipynb #25337002
+# %% ../../nbs/methods/cross.ipynb #5f48efaa
 from collections.abc import Callable, Iterable
 from functools import partial
 
@@ -14,8 +14,8 @@ from torch import nn
 
 from ..arch.spec import Arch
 from ..core.errors import UserError
-from ..core.seed import generator
 from .base import Ask, Choice, Method, prune, register
+from .controls import drawn_order
 from .l1 import filter_scores
 from .layerwise import choose_by_layer, layer_counts
 from .ranking import largest
@@ -24,14 +24,14 @@ from .regression import REGRESSION_OPTIONS, check_fit, lasso_choice
 from .survey import one_number
 from .thinet import greedy_choice
 
-# %% ../../nbs/methods/cross.ipynb #4488fa3b
+# %% ../../nbs/methods/cross.ipynb #20117550
 def _largest_filters(net:nn.Module, l:Layer, n:int) -> tuple[tuple[int, ...], torch.Tensor]:
     # the filters of a stream belong to several blocks; what is read from it is judged by the weights that read it
     scores = filter_scores(net, l.site) if net.arch.site(l.site).kind == "inner" else l.weight.abs().sum((0, 2))
     return largest(scores, n), scores
 
 def _drawn(seed:int, l:Layer, n:int) -> tuple[tuple[int, ...], torch.Tensor]:
-    order = torch.randperm(l.x.shape[1], generator=generator(seed, "random-channels", l.site))
+    order = drawn_order(l.x.shape[1], seed, l.site)
     return tuple(sorted(order[:n].tolist())), len(order) - order.argsort().double()
 
 # %% ../../nbs/methods/cross.ipynb #2b4bf58d

@@ -37,19 +37,26 @@ def _designed(arch:Arch) -> list[Site]:
     "The sites that a design speaks of"
     return [s for s in arch.sites() if s.width and (s.free or s.kind == "in")]
 
-# %% ../../nbs/methods/guided.ipynb #98abfb66
+# %% ../../nbs/methods/guided.ipynb #d7e0655e
+def _means(kept:Iterable[tuple[Site, int]]) -> dict[tuple, Fraction]:
+    "The mean share of channels that stays, by role"
+    found = {}
+    for s, n in kept: found.setdefault(_role(s), []).append(Fraction(n, s.width))
+    return {k: sum(v)/len(v) for k, v in found.items()}
+
+# %% ../../nbs/methods/guided.ipynb #188e6102
 def stage_shares(
     pruned:Arch | Iterable[Arch], # one, or one a seed: their means
     full:Arch, # before pruning
 ) -> dict[tuple, Fraction]: # by stage, kind and role
     "The mean share of channels that stays at the sites of a stage"
-    pruned, found = [pruned] if isinstance(pruned, Arch) else list(pruned), {}
+    pruned, found = [pruned] if isinstance(pruned, Arch) else list(pruned), []
     if not pruned: raise UserError("guided widths need a pruned network at least")
     for a in pruned:
         if (a.family, a.stages) != (full.family, full.stages): raise UserError(f"a pruned {a.family} of stages {a.stages} does not come from a {full.family} of stages {full.stages}")
         there = {s.name: s.width for s in a.sites()}
-        for s in _designed(full): found.setdefault(_role(s), []).append(Fraction(there.get(s.name, 0), s.width))
-    return {k: sum(v)/len(v) for k, v in found.items()}
+        found += [(s, there.get(s.name, 0)) for s in _designed(full)]
+    return _means(found)
 
 # %% ../../nbs/methods/guided.ipynb #9ae4bade
 def guided_counts(
@@ -133,7 +140,7 @@ def _source(options:dict) -> tuple[Method, dict]:
     if m.options.get("scope") == "layer" and "min_keep" in m.options: own["scope"] = "global" # by layer there would be nothing to average
     return m, {**m.options, **own}
 
-# %% ../../nbs/methods/guided.ipynb #99407ee9
+# %% ../../nbs/methods/guided.ipynb #93d99a0d
 def choose_guided(net:nn.Module, ask:Ask) -> Choice:
     "The design of what another method keeps, in the channels that it likes best"
     m, options = _source(ask.options)
@@ -142,9 +149,8 @@ def choose_guided(net:nn.Module, ask:Ask) -> Choice:
     found = m.choose(net, replace(ask, options=options, counts=m.counts(arch, ask.amount, options)))
     if not found.masks and (odd := [n for n in found.keep if n not in found.scores or arch.site(n) not in _designed(arch)]): raise UserError(f"{m.name} gives no scores of {odd[0]}, or prunes there what no stage mean speaks of: take another guide")
     if found.masks: return Choice(masks=guided_masks(place_rates(found.masks, arch), arch, ask.seed))
-    shares = {}
-    for name in found.keep: shares.setdefault(_role(arch.site(name)), []).append(Fraction(len(found.keep[name]), arch.site(name).width))
-    counts = guided_counts({_role(s): Fraction(1) for s in _designed(arch)} | {k: sum(v)/len(v) for k, v in shares.items()}, arch)
+    shares = _means([(arch.site(n), len(kept)) for n, kept in found.keep.items()])
+    counts = guided_counts({_role(s): Fraction(1) for s in _designed(arch)} | shares, arch)
     return Choice({n: largest(torch.as_tensor(found.scores[n]), counts[n]) for n in found.keep}, found.scores)
 
 # %% ../../nbs/methods/guided.ipynb #9087f24c
