@@ -16,7 +16,7 @@ def test_smoke(name, tmp_path):
     cells = json.loads((tmp_path/"out.ipynb").read_text())["cells"]
     assert any("injected-parameters" in c["metadata"].get("tags", []) for c in cells)
     text = json.dumps(cells)
-    assert {"trial": "n=3+3", "straight_after": "n=3 pairs", "precision": "3 pairs"}[name] in text and "95% intervals" in text
+    assert {"trial": "n=3+3", "straight_after": "n=3 pairs", "precision": "3 pairs", "cross": "n=3 pairs"}[name] in text and "95% intervals" in text
 
 
 @pytest.mark.skipif(not Path("/usr/share/datasets/fashion-mnist").is_dir(), reason="Debian's dataset-fashion-mnist is not installed")
