@@ -129,16 +129,15 @@ def prune(
     page = p.page(at/"summary.html", note=f"From {said}.", measure=measure)
     print(said, p, p.verify(), f"written to {at}; a page on it: {page}", sep="\n")
 
-# %% ../nbs/cli.ipynb #f857a24e
+# %% ../nbs/cli.ipynb #e085a46d
 def _images(method:str, data:str, root:str, seed:int, options:dict): # (images, labels) in batches; None for a method that looks at none
     "Training images for a method that looks at some"
-    from rethink_nb.methods.all import methods
-    m = methods.get(method)
-    if "batches" not in m.needs: return None
+    from rethink_nb.methods.base import images_wanted
+    if not (n := images_wanted(method, options)): return None
     if not data: raise UserError(f"{method} looks at training images: say which by --data, such as --data fashion-mnist")
     from rethink_nb.training.augment import plain_batches
     from rethink_nb.training.data import load_data
-    return plain_batches(load_data(data, root=root or None), {**m.options, **options}.get("images", 1000), seed)
+    return plain_batches(load_data(data, root=root or None), n, seed)
 
 # %% ../nbs/cli.ipynb #59a5e0cd
 def _options(text:str) -> dict:

@@ -6,6 +6,7 @@ from rethink_nb import methods
 from rethink_nb.arch.gates import GATES, add_gates, folded, gate_sites, gated, gates_of
 from rethink_nb.arch.spec import Arch
 from rethink_nb.core.errors import UserError
+from rethink_nb.study import Study
 from rethink_nb.surgery import cut, load, save
 from rethink_nb.surgery.plan import Plan
 from rethink_nb.testing.sweeps import sweep_archs
@@ -55,4 +56,10 @@ def test_gates_that_would_be_lost_are_refused():
     with pytest.raises(UserError, match="fold them into its weights first"): cut(net, Plan(parent=net.arch.id))
     with pytest.raises(UserError, match="has gates already"): add_gates(net)
     with pytest.raises(UserError, match="strength -1"): methods.callbacks("sss", strength=-1.)
-    with pytest.raises(UserError, match="gates on 'all'"): methods.callbacks("sss", gates="all")[0].prepare(toy_archs()["resnet"].build())
+    with pytest.raises(UserError, match="gates on 'all'"): methods.callbacks("sss", gates="all")
+    with pytest.raises(UserError, match="option strength: 'much' cannot be"): methods.callbacks("sss", strength="much")
+
+
+def test_a_place_that_a_network_does_not_have_is_told_when_the_study_is_made():
+    with pytest.raises(UserError, match="this vgg has no blocks to put gates on"): Study(data="digits", arch="vgg-digits", method="sss", options=dict(gates=("blocks",)))
+    with pytest.raises(UserError, match="no site 'conv9'"): Study(data="digits", arch="vgg-digits", method="soft-filter", options=dict(skip=("conv9",)))

@@ -105,6 +105,12 @@ def test_a_price_pulls_scales_down(data, dense):
     assert sizes(net).mean() < sizes(dense[0]).mean() and len(cb.history) == 3 and torch.equal(cb.history[-1].abs(), sizes(net))
 
 
+def test_a_soft_training_that_diverges_is_told_as_any_other(data):
+    class Spoil(Callback):
+        def after_step(self, net, lr): net.features.conv1.weight.data[0] = float("nan")
+    with pytest.raises(T.Diverged, match="diverged in epoch 1"): T.train(ARCH.build(seed=1), data, RECIPE, callbacks=[Spoil(), SoftFilters(.9)], seed=1, device="cpu")
+
+
 def _callbacks(kind, net):
     if kind == "slimming": return [SparseScales(.01)]
     if kind == "soft-filter": return [SoftFilters(.5)]

@@ -6,9 +6,10 @@
 __all__ = ['COSTS', 'AMOUNTS', 'check_ratio', 'check_mode', 'kept_of', 'round_up', 'counts_by_ratio', 'inner_sites', 'none_empty',
            'shrunk', 'cost_of', 'check_fraction', 'uniform_counts', 'counts_by_cost', 'kept_counts', 'one_amount']
 
-# %% ../../nbs/methods/amounts.ipynb #11ba26c5
+# %% ../../nbs/methods/amounts.ipynb #1e52c9d0
 from collections.abc import Callable, Iterable
 from math import ceil, floor
+from numbers import Integral
 
 from ..arch.spec import Arch, Site
 from ..arch.zoo import target_widths
@@ -177,11 +178,13 @@ def one_amount(**amounts) -> str:
     if len(given) != 1: raise UserError(f"give one of {', '.join(AMOUNTS)}: {', '.join(given) or 'none'} given")
     return given[0]
 
-# %% ../../nbs/methods/amounts.ipynb #8c472b2e
+# %% ../../nbs/methods/amounts.ipynb #da480f3b
 def _kept_widths(arch:Arch, widths:dict[str, int], inputs:bool) -> dict[str, int]:
     "Widths asked for by name, streams among them; other inner sites stay whole"
+    if not isinstance(widths, dict): raise UserError(f"widths: {widths!r} cannot be; give channels by site, such as {{{(inner_sites(arch) or arch.sites())[0].name!r}: 8}}")
     for name, n in widths.items():
         site = arch.site(name)
         if site.of and not (inputs and site.kind in ("in", "out")): raise UserError(f"{name} selects channels of {' and '.join(site.of)}: say which ones in a Plan")
+        if isinstance(n, bool) or not isinstance(n, Integral): raise UserError(f"{name}: {n!r} channels cannot stay; give a whole number")
         if not (1 if site.of else 0) <= n <= site.width: raise UserError(f"{name} has {site.width} channels: {n} cannot stay")
     return {s.name: s.width for s in inner_sites(arch)} | widths

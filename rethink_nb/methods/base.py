@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['CHANNEL_OPTIONS', 'methods', 'Ask', 'Choice', 'Method', 'channels_asked', 'register', 'read_request', 'typed',
-           'served', 'prune', 'plan_of', 'pruned_arch', 'names', 'info', 'callbacks']
+           'served', 'prune', 'plan_of', 'pruned_arch', 'names', 'images_wanted', 'info', 'training_options',
+           'callbacks']
 
-# %% ../../nbs/methods/base.ipynb #efac64a0
+# %% ../../nbs/methods/base.ipynb #4383b139
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from inspect import signature
 from numbers import Integral, Real
 from typing import Any
 
@@ -23,7 +25,7 @@ from ..core.events import Callback
 from ..core.registry import Registry
 from .amounts import AMOUNTS, check_ratio, kept_counts, one_amount, shrunk
 from .pruned import Pruned, carry_out
-from ..surgery.mask import check_masks
+from ..surgery.mask import check_bools, check_masks
 from ..surgery.plan import Plan, pack
 
 # %% ../../nbs/methods/base.ipynb #021ea308
@@ -139,7 +141,7 @@ def served(m:Method, net:nn.Module, **given) -> Arch:
         if given.get(what) is None: raise UserError(f"{m.name} needs {_NEEDS[what]}")
     return arch
 
-# %% ../../nbs/methods/base.ipynb #bcd73978
+# %% ../../nbs/methods/base.ipynb #a6057360
 def prune(
     method:str, # name of a method; see `names`
     net:nn.Module, # a network built from an `Arch`; left as it is
@@ -160,25 +162,20 @@ def prune(
     arch = served(m, net, batches=batches, init=init)
     if masks:
         check_masks(masks, dict(net.named_parameters()))
-        _bools("masks", masks)
+        check_bools(masks)
     amount, options = read_request(m, dict(ratio=ratio, **request))
     counts = m.counts(arch, amount, options)
     choice = m.choose(net, Ask(amount, options, counts, seed, batches, masks, init, gates or None))
     _check_choice(m, arch, choice)
     return carry_out(net, plan_of(m, arch, choice, {k: v for k, v in dict(ratio=ratio, **request).items() if v is not None}, seed), choice.weights)
 
-# %% ../../nbs/methods/base.ipynb #326a908b
+# %% ../../nbs/methods/base.ipynb #95e2c0e2
 def _check_choice(m:Method, arch:Arch, choice:Choice):
     "Refuse a choice that says nothing that could be carried out"
     if not isinstance(choice, Choice): raise UserError(f"{m.name}: its function must return a Choice, and gave a {type(choice).__name__}")
-    _bools(m.name, choice.masks)
+    check_bools(choice.masks, m.name)
     for name, scores in choice.scores.items():
         if len(scores) != arch.site(name).width: raise UserError(f"{m.name}: {len(scores)} scores for {name}, which has {arch.site(name).width} channels")
-
-# %% ../../nbs/methods/base.ipynb #65eb305f
-def _bools(who:str, masks:dict[str, torch.Tensor]):
-    for name, mask in masks.items():
-        if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool: raise UserError(f"{who}: the mask for {name} is {getattr(mask, 'dtype', type(mask).__name__)}: give a tensor of bool, True stays")
 
 # %% ../../nbs/methods/base.ipynb #f1a37768
 def plan_of(m:Method, arch:Arch, choice:Choice, asked:dict[str, Any], seed:int) -> Plan:
@@ -224,13 +221,30 @@ def names() -> list[str]:
     "The names of all methods"
     return methods.names()
 
+# %% ../../nbs/methods/base.ipynb #a5908e1a
+def images_wanted(
+    method:str, # name of a method
+    options:dict[str, Any], # of its request; the others are the defaults
+) -> int | None: # None: it looks at none
+    "How many training images a method looks at"
+    m = methods.get(method)
+    return {**m.options, **options}.get("images", 1000) if "batches" in m.needs else None
+
 # %% ../../nbs/methods/base.ipynb #af63f4a8
 def info(name:str) -> Method:
     "What a method is"
     return methods.get(name)
 
-# %% ../../nbs/methods/base.ipynb #d32d85d0
+# %% ../../nbs/methods/base.ipynb #d09901ea
+def training_options(m:Method) -> dict[str, Any]: # None where there is no default
+    "What a method's part in a training goes by, with the defaults"
+    return {k: None if p.default is p.empty else p.default for k, p in signature(m.callbacks).parameters.items()}
+
+# %% ../../nbs/methods/base.ipynb #f5de0d4c
 def callbacks(name:str, **options) -> tuple[Callback, ...]:
     "What the method adds to the training of the network that it prunes; nothing for methods that only look at trained weights"
-    try: return tuple(methods.get(name).callbacks(**options))
-    except TypeError: raise UserError(f"{name} adds nothing to a training that goes by {', '.join(options)}") from None
+    m = methods.get(name)
+    known = training_options(m)
+    try: signature(m.callbacks).bind(**options)
+    except TypeError: raise UserError(f"{name} adds nothing to a training that goes by {', '.join(options) or 'nothing'}: there are {', '.join(known) or 'none'}") from None
+    return tuple(m.callbacks(**{k: typed(k, v, known.get(k)) for k, v in options.items()}))

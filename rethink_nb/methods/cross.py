@@ -5,16 +5,18 @@
 # %% auto #0
 __all__ = ['SELECTS', 'CROSS_OPTIONS', 'choose_crossed', 'crossed']
 
-# %% ../../nbs/methods/cross.ipynb #5f48efaa
+# %% ../../nbs/methods/cross.ipynb #fe0e55f3
 from collections.abc import Callable, Iterable
 from functools import partial
+from itertools import product
 
 import torch
 from torch import nn
 
+from ..arch.rebuild import arch_of
 from ..arch.spec import Arch
 from ..core.errors import UserError
-from .base import Ask, Choice, Method, prune, register
+from .base import Ask, Choice, Method, prune, pruned_arch, register
 from .controls import drawn_order
 from .l1 import filter_scores
 from .layerwise import choose_by_layer, layer_counts
@@ -57,7 +59,7 @@ def _counts(arch:Arch, amount:dict, options:dict) -> dict[str, int]:
 
 register(Method("layerwise", "Any choice with any reconstruction", "control", "control (He et al., ICCV 2017, compare choices under their reconstruction)", choose_crossed, _counts, options=CROSS_OPTIONS, needs=("batches",)));
 
-# %% ../../nbs/methods/cross.ipynb #71d85073
+# %% ../../nbs/methods/cross.ipynb #806eaf76
 def crossed(
     net:nn.Module, # trained, with its `.arch`; left as it is
     batches:Iterable, # (images, labels), as training images are
@@ -71,5 +73,7 @@ def crossed(
     "What the pruned network is worth, without training, for every choice with every fit"
     from pandas import DataFrame
     ratios, selects, rescales, batches = ([v] if isinstance(v, (str, int, float)) else list(v) for v in (ratios, selects, rescales, [batches] if isinstance(batches, torch.Tensor) else batches))
+    if not callable(evaluate): raise UserError(f"evaluate {evaluate!r}: give a function from a network to one number, such as its accuracy on held-out images")
+    for r, s, how in product(ratios, selects, rescales): pruned_arch("layerwise", arch_of(net), r, select=s, rescale=how, **options) # refused before anything is worked out
     worth = lambda r, s, how: one_number(evaluate(prune("layerwise", net, r, batches=batches, seed=seed, select=s, rescale=how, **options).net))
     return DataFrame([dict(select=s, rescale=how, ratio=r, seed=seed, value=worth(r, s, how)) for r in ratios for s in selects for how in rescales])

@@ -6,11 +6,10 @@
 __all__ = ['GUIDED_OPTIONS', 'stage_shares', 'guided_counts', 'guided_arch', 'place_rates', 'guided_masks', 'choose_guided',
            'guided_training']
 
-# %% ../../nbs/methods/guided.ipynb #678c847e
+# %% ../../nbs/methods/guided.ipynb #d3cabfcf
 from collections.abc import Iterable
 from dataclasses import replace
 from fractions import Fraction
-from inspect import signature
 from math import floor
 
 import torch
@@ -20,12 +19,12 @@ from ..arch.spec import Arch, Site
 from ..core.errors import UserError
 from ..core.events import Callback
 from ..core.seed import generator
-from .base import Ask, Choice, Method, methods, register
+from .base import Ask, Choice, Method, methods, register, training_options
 from .magnitude import prunable_weights
 from .ranking import largest
 from .slimming import sparse_training
-from .survey import module_stages
-from ..surgery.mask import check_masks
+from .survey import module_stages, place_counts
+from ..surgery.mask import check_bools, check_masks
 
 # %% ../../nbs/methods/guided.ipynb #ca7343b9
 def _role(s:Site) -> tuple[int, str, str]:
@@ -89,20 +88,17 @@ def _drawn(arch:Arch, name:str, n:int, full:int, seed:int) -> tuple[int, ...]:
     n = max(1, min(there, floor(Fraction(n*there, full) + Fraction(1, 2))))
     return tuple(sorted(torch.randperm(there, generator=generator(seed, "guided", name))[:n].tolist()))
 
-# %% ../../nbs/methods/guided.ipynb #ef97a96e
+# %% ../../nbs/methods/guided.ipynb #3e0e44d5
 def place_rates(
     masks:dict[str, torch.Tensor], # which weights stay, by parameter name
     arch:Arch, # of the network they belong to
 ) -> dict[tuple[int, int, int], torch.Tensor]: # by stage, height and width of the kernel: (height, width)
     "How often a weight stays at each place of a kernel, over all convolutions of a stage"
+    check_bools(masks)
     check_masks(masks, dict(arch.blank().named_parameters()))
-    kept, total, stages = {}, {}, module_stages(arch)
-    for name, m in masks.items():
-        if m.dim() != 4: continue
-        key = (stages.get(name.removesuffix(".weight"), 0), *m.shape[2:])
-        kept[key], total[key] = kept.get(key, 0) + m.sum((0, 1)).double(), total.get(key, 0) + m.shape[0]*m.shape[1]
-    if not kept: raise UserError("there is no mask of a convolution, so there is no pattern")
-    return {k: v.cpu()/total[k] for k, v in kept.items()}
+    counts = place_counts({name.removesuffix(".weight"): m for name, m in masks.items()}, arch)
+    if not counts: raise UserError("there is no mask of a convolution, so there is no pattern")
+    return {k: kept.double()/of for k, (kept, of) in counts.items()}
 
 # %% ../../nbs/methods/guided.ipynb #8c2a4334
 def guided_masks(
@@ -128,13 +124,13 @@ def _patterned(shape:tuple[int, ...], rate:torch.Tensor, draw:torch.Generator) -
     places = [torch.zeros(n, dtype=torch.bool).index_fill(0, torch.randperm(n, generator=draw)[:floor(float(r)*n + .5)], True) for r in rate.flatten()]
     return torch.stack(places, 1).view(shape)
 
-# %% ../../nbs/methods/guided.ipynb #66b1f326
+# %% ../../nbs/methods/guided.ipynb #77c54d65
 GUIDED_OPTIONS = dict(by="slimming", min_keep=1, mode="exact", linear=False)
 
 def _source(options:dict) -> tuple[Method, dict]:
     "The method whose result is the guide, and its options"
     m = methods.get(options["by"])
-    own_training = m.name != "slimming" and bool(signature(m.callbacks).parameters)
+    own_training = m.name != "slimming" and bool(training_options(m))
     if m.name == "guided" or m.category == "control" or m.needs or own_training or "ratio" not in m.amounts: raise UserError(f"by {m.name!r}: guided takes after methods that find widths or masks in a trained network alone, such as slimming, l1 or magnitude")
     own = {k: v for k, v in options.items() if k in m.options}
     if m.options.get("scope") == "layer" and "min_keep" in m.options: own["scope"] = "global" # by layer there would be nothing to average

@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['scales', 'COMPARISONS', 'USUAL', 'Scale', 'comparisons', 'Study']
 
-# %% ../../nbs/study/grid.ipynb #ec74337e
+# %% ../../nbs/study/grid.ipynb #7b27b9ac
 from collections.abc import Iterable
 from dataclasses import dataclass
-from inspect import signature
 from pathlib import Path
 from typing import ClassVar
 
@@ -19,10 +18,11 @@ from ..arch.spec import Arch
 from ..arch.zoo import arch as zoo_arch
 from ..arch.zoo import networks
 from ..core.errors import UserError
+from ..core.events import call_all
 from ..core.record import Record, check_types
 from ..methods.all import methods
 from ..methods.amounts import check_ratio
-from ..methods.base import callbacks, pruned_arch, read_request, typed
+from ..methods.base import callbacks, pruned_arch, read_request, training_options, typed
 from .given import given_net, weights_digest
 from .step import DataRef
 from ..training.arms import arm, arms
@@ -132,34 +132,30 @@ def levels(self:Study) -> tuple[float, ...]:
     "Ratios; or prices, as negative numbers"
     return tuple(-p for p in self.prices) or self.ratios
 
-# %% ../../nbs/study/grid.ipynb #a89aa61f
+# %% ../../nbs/study/grid.ipynb #a45b1256
 def _check_levels(s:Study):
     "Ratios for a method that is told how much goes, prices for one that finds it; where there are none, its own"
     m = methods.get(s.method)
     if m.amounts:
         if s.prices: raise UserError(f"prices {', '.join(map(str, s.prices))}: {s.method} goes by ratios; prices are for a method that finds how much goes, such as sss")
         return
-    if s.ratios not in ((.3, .5), ()): raise UserError(f"{s.method} finds by its price how much goes: give prices instead of ratios, such as {_takes(m)['strength'].default}")
+    if s.ratios not in ((.3, .5), ()): raise UserError(f"{s.method} finds by its price how much goes: give prices instead of ratios, such as {training_options(m)['strength']}")
     if "strength" in s.options: raise UserError(f"strength {s.options['strength']} of {s.method}: in a study it is given by prices")
     force_setattr(s, "ratios", ())
-    force_setattr(s, "prices", s.prices or (_takes(m)["strength"].default,))
+    force_setattr(s, "prices", s.prices or (training_options(m)["strength"],))
     if wrong := [p for p in s.prices if not 0 < p < float("inf")]: raise UserError(f"price {wrong[0]}: give a number above 0")
 
-# %% ../../nbs/study/grid.ipynb #ca583917
-def _takes(m) -> dict:
-    "The parameters of what a method adds to a training"
-    return signature(m.callbacks).parameters
-
+# %% ../../nbs/study/grid.ipynb #06b88525
 @patch(as_prop=True)
 def trains_apart(self:Study) -> bool:
     "Whether what is pruned is not the parent, but was trained with the method for its ratio, or from the parent"
-    return bool("ratio" in _takes(methods.get(self.method)) or self.prices or self.pretrained)
+    return bool("ratio" in training_options(methods.get(self.method)) or self.prices or self.pretrained)
 
-# %% ../../nbs/study/grid.ipynb #7f28262d
+# %% ../../nbs/study/grid.ipynb #1c2d9500
 def _option_defaults(s:Study) -> dict:
     "What the study's method goes by, when it prunes and while its parent trains"
     m = methods.get(s.method)
-    return {**m.options, **{k: None if p.default is p.empty else p.default for k, p in _takes(m).items() if k != "ratio"}}
+    return {**m.options, **{k: v for k, v in training_options(m).items() if k != "ratio"}}
 
 # %% ../../nbs/study/grid.ipynb #51aafce3
 def _canonical(s:Study) -> dict:
@@ -180,12 +176,14 @@ def _check_study(s:Study):
     if s.cap is not None and not 1 <= s.cap < float("inf"): raise UserError(f"cap {s.cap}: give a factor of at least 1")
     s.base.check()
 
-# %% ../../nbs/study/grid.ipynb #c7849602
+# %% ../../nbs/study/grid.ipynb #0701edca
 def _check_method(s:Study):
     "Refuse what the method cannot do"
     m = methods.get(s.method)
     if why := m.refuses(s.base): raise UserError(f"{s.method} cannot prune {s.arch}: {why}")
-    if not callbacks(s.method, **s.training_request(s.levels[0])) and s.pretrained: raise UserError(f"{s.method} takes no part in a training: leave pretrained out")
+    adds = callbacks(s.method, **s.training_request(s.levels[0]))
+    if not adds and s.pretrained: raise UserError(f"{s.method} takes no part in a training: leave pretrained out")
+    if adds: call_all(adds, "prepare", s.base.build()) # what the network has no place for is told now, not after the parents' training
     if not 1 <= s.rounds <= 100: raise UserError(f"{s.rounds} rounds: give 1 to 100")
     if s.rounds > 1 and m.rounds is None: raise UserError(f"{s.method} prunes in one step: leave rounds out")
     if s.rewind < 0 or s.rewind and s.prunes != "tickets": raise UserError(f"rewind {s.rewind}: give a number of steps, with a method that goes back to the start, such as lottery")
@@ -247,11 +245,11 @@ def request(self:Study, ratio:float) -> dict:
     "What the method is asked for"
     return {**({} if self.prices else {"ratio": ratio}), **{k: v for k, v in self.options.items() if k in methods.get(self.method).options}}
 
-# %% ../../nbs/study/grid.ipynb #a0694f11
+# %% ../../nbs/study/grid.ipynb #ebef3a7d
 @patch
 def training_request(self:Study, ratio:float) -> dict:
     "What is asked of the method's part in a training"
-    takes = _takes(methods.get(self.method))
+    takes = training_options(methods.get(self.method))
     return {k: v for k, v in self.options.items() if k in takes} | ({"ratio": ratio} if "ratio" in takes else {}) | ({"strength": -ratio} if self.prices and ratio < 0 else {})
 
 # %% ../../nbs/study/grid.ipynb #f865784e

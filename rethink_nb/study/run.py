@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['data_of', 'check_data', 'execute', 'subject_of', 'recipe_of', 'asked_of', 'adopt', 'start_worker', 'work']
 
-# %% ../../nbs/study/run.ipynb #91324263
+# %% ../../nbs/study/run.ipynb #3298e1c6
 import json, os, signal, threading
 from functools import lru_cache
 from multiprocessing import connection, parent_process
@@ -20,7 +20,7 @@ from ..core.errors import UserError
 from ..core.files import write_text
 from ..core.signals import Stopped
 from ..methods.all import methods
-from ..methods.base import callbacks, prune
+from ..methods.base import callbacks, images_wanted, prune
 from ..methods.sparse import StayZero
 from .given import given_net, weights_digest
 from .step import DataRef, Run
@@ -112,14 +112,13 @@ def _epochs(steps:int, r:Recipe, images:int) -> int | float:
     n = steps/max(1, epoch_steps(images, r.batch))
     return int(n) if n == int(n) else round(n, 2)
 
-# %% ../../nbs/study/run.ipynb #901925ee
+# %% ../../nbs/study/run.ipynb #ec197338
 def asked_of(run:Run, store:Store, data:Data) -> dict:
     "What a pruning asks of its method: its request, what lies in earlier runs, and training images where it looks at some"
     asked, before = dict(run.request), run.start.start # the pruning of the round before, if there was one
     if before: asked["masks"] = store.masks(before.id)
-    m = methods.get(run.method)
-    if "batches" in m.needs: asked["batches"] = plain_batches(data, {**m.options, **run.request}.get("images", 1000), run.seed)
-    if "init" in m.needs:
+    if n := images_wanted(run.method, run.request): asked["batches"] = plain_batches(data, n, run.seed)
+    if "init" in methods.get(run.method).needs:
         earlier = before or run.init # a later round goes back to what is left of the first start
         asked["init"] = store.network(earlier.id) if earlier else fresh(run.start.arch, seed=run.start.seed)
     return asked | (_as_found(run, store) if run.shape else {})

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['readers', 'gather_images', 'Seen', 'seen']
 
-# %% ../../nbs/surgery/capture.ipynb #93d2dd38
+# %% ../../nbs/surgery/capture.ipynb #c04f3778
 from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,12 +14,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..arch.spec import Arch
+from ..arch.spec import Arch, per_arch
 from ..core.errors import UserError
 from ..core.seed import generator
 from .plan import owned
 
-# %% ../../nbs/surgery/capture.ipynb #816208df
+# %% ../../nbs/surgery/capture.ipynb #d90322d1
+@per_arch
 def readers(arch:Arch) -> dict[str, str]: # name of a module, by site; front to back
     "The layer that reads a site, for sites that one layer alone reads"
     own = owned(arch)

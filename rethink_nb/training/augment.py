@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['draw', 'crop_flip', 'normalise', 'batch', 'plain_batches']
 
-# %% ../../nbs/training/augment.ipynb #b23828ae
+# %% ../../nbs/training/augment.ipynb #87f51def
 from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 
+from ..core.errors import UserError
 from ..core.seed import stream
 from .data import Data, pick
 
@@ -63,7 +64,7 @@ def batch(
     x = images[idx.to(images.device)]
     return normalise(x if moves is None else crop_flip(x, *moves, data.pad), data)
 
-# %% ../../nbs/training/augment.ipynb #9fb3f3f2
+# %% ../../nbs/training/augment.ipynb #eb9f629c
 def plain_batches(
     data:Data,
     n:int, # training images; all, where there are not so many
@@ -71,6 +72,8 @@ def plain_batches(
     size:int=100, # images of a batch
 ) -> list[tuple[torch.Tensor, torch.Tensor]]: # (images, labels)
     "Some training images, not augmented, normalised, with labels"
+    for what, k in (("images", n), ("size", size)):
+        if type(k) is not int or k < 1: raise UserError(f"{what} {k!r}: give a whole number of at least 1")
     labels = data.train.labels.cpu()
     at = pick(labels, max(n, data.classes), stream(seed, "plain batches"), "images")[0] if n <= len(labels) - data.classes else torch.arange(len(labels))
     return [(batch(data.train.images, i, data), data.train.labels[i.to(data.train.labels.device)]) for i in at.split(size)]
