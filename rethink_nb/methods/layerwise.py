@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LAYER_OPTIONS', 'TARGETS', 'read_sites', 'layer_counts', 'look', 'put_back', 'choose_by_layer']
 
-# %% ../../nbs/methods/layerwise.ipynb #07390d04
+# %% ../../nbs/methods/layerwise.ipynb #b3d2cfca
 from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
@@ -19,7 +19,7 @@ from ..core.errors import UserError
 from ..core.seed import generator
 from .base import CHANNEL_OPTIONS, Ask, Choice, channels_asked
 from .reconstruct import RESCALES, Layer, drawn_layer, refit
-from ..surgery.capture import gather_images, readers, seen
+from ..surgery.capture import ROOM, Seen, gather_images, readers, seen, watch
 from ..surgery.plan import selected
 
 # %% ../../nbs/methods/layerwise.ipynb #7ad0766b
@@ -49,7 +49,7 @@ def layer_counts(arch:Arch, amount:dict, options:dict) -> dict[str, int]:
         if n < 1: raise UserError(f"{name} ({arch.site(name).width} channels) would be left empty: remove less, or say min_keep=1")
     return counts
 
-# %% ../../nbs/methods/layerwise.ipynb #8bdea3d6
+# %% ../../nbs/methods/layerwise.ipynb #4b97d583
 def look(
     now:nn.Module, # the network as pruned up to here
     before:nn.Module, # the network before
@@ -63,19 +63,31 @@ def look(
     "The layer that reads a site, what it sees now, and what it should answer"
     arch, layer = before.arch, readers(before.arch).get(site)
     if not layer: raise UserError(f"{site} is read by no layer of its own: there are {', '.join(readers(arch))}")
-    m, end = before.get_submodule(layer), _end(arch, layer) if shortcut and targets == "original" else None
-    sees = partial(seen, layer=layer, images=images, draws=draws, seed=seed, block=end.block if end else "")
-    ours, wanted = sees(now), None
-    if targets == "original":
-        theirs = sees(before)
-        wanted = drawn_layer(theirs.x, m.weight, generator(0)).answers
-        if end: wanted = wanted + (theirs.beside - ours.beside).double()[:, selected(arch, end)]*_unscaled(before, layer)
-    return drawn_layer(ours.x, m.weight, generator(seed, "filters", site), wanted=wanted, intercept=m.bias is not None or bool(_norm(arch, layer)), site=site)
+    original = targets == "original"
+    sees = partial(seen, layer=layer, images=images, draws=draws, seed=seed, block=_block_beside(arch, layer) if shortcut and original else "")
+    return _layer_of(before, site, sees(now), _answered(before, layer, sees(before)) if original else None, seed)
 
-# %% ../../nbs/methods/layerwise.ipynb #15fb47fb
+# %% ../../nbs/methods/layerwise.ipynb #38ddf698
+def _answered(net:nn.Module, layer:str, s:Seen) -> tuple[torch.Tensor, torch.Tensor | None]: # (rows, outputs); the stream beside
+    "What a layer answers to what it sees"
+    return drawn_layer(s.x, net.get_submodule(layer).weight, generator(0)).answers, s.beside
+
+def _layer_of(before:nn.Module, site:str, ours:Seen, theirs:tuple[torch.Tensor, torch.Tensor | None] | None, seed:int) -> Layer:
+    "The layer that reads a site, by what it sees now and what it was answered before"
+    layer = readers(before.arch)[site]
+    m, (wanted, beside) = before.get_submodule(layer), theirs or (None, None)
+    if beside is not None: wanted = wanted + (beside - ours.beside).double()[:, selected(before.arch, _end(before.arch, layer))]*_unscaled(before, layer)
+    return drawn_layer(ours.x, m.weight, generator(seed, "filters", site), wanted=wanted, intercept=m.bias is not None or bool(_norm(before.arch, layer)), site=site)
+
+# %% ../../nbs/methods/layerwise.ipynb #12a31287
 def _end(arch:Arch, layer:str) -> Site | None:
     "The site through which a layer adds to a stream, if it is the last of a branch"
     return next((s for s in arch.sites() if s.kind == "out" and s.block and layer in s.outs), None)
+
+def _block_beside(arch:Arch, layer:str) -> str:
+    "The block that ends with a layer; empty where it ends none"
+    end = _end(arch, layer)
+    return end.block if end else ""
 
 def _norm(arch:Arch, layer:str) -> str:
     "The batch norm over what a layer puts out; empty where there is none"
@@ -107,7 +119,7 @@ def put_back(
     if m.bias is not None: m.bias += intercept.to(m.bias)
     else: (mean := net.get_submodule(_norm(net.arch, layer)).running_mean).sub_(intercept.to(mean))
 
-# %% ../../nbs/methods/layerwise.ipynb #5ffd4450
+# %% ../../nbs/methods/layerwise.ipynb #3eb3bb40
 def choose_by_layer(
     net:nn.Module,
     ask:Ask, # its options are those of `LAYER_OPTIONS`, and more
@@ -115,13 +127,25 @@ def choose_by_layer(
 ) -> Choice:
     "Prune site by site, front to back, each judged by a layer of the network as it is then"
     o, now, keep, scores = ask.options, deepcopy(net), {}, {}
-    images = gather_images(ask.batches, net.arch, o["images"])
-    for site in readers(net.arch):
-        n, width = ask.counts.get(site), net.arch.site(site).width
-        if n is None or n == width: continue
-        l = look(now, net, site, images, o["draws"], ask.seed, o["targets"], o.get("shortcut", False))
-        if not (l.x.isfinite().all() and l.weight.isfinite().all() and (l.wanted is None or l.wanted.isfinite().all())): raise UserError(f"the weights of {readers(net.arch)[site]}, or what it reads, are not finite; are all weights, and the images?")
-        kept, scores[site] = select(l, n)
-        put_back(now, readers(net.arch)[site], kept, *refit(l, kept, o["rescale"], o.get("ridge", 0.)))
-        keep[site] = kept
+    images, original = gather_images(ask.batches, net.arch, o["images"]), o["targets"] == "original"
+    sites = {layer: site for site, layer in readers(net.arch).items() if ask.counts.get(site, net.arch.site(site).width) < net.arch.site(site).width}
+    blocks = {layer: _block_beside(net.arch, layer) if original and o.get("shortcut") else "" for layer in sites}
+    theirs = _originals(net, blocks, images, o["draws"], ask.seed) if original else lambda layer: None
+    def met(layer, ours):
+        site = sites[layer]
+        l = _layer_of(net, site, ours, theirs(layer), ask.seed)
+        if not (l.x.isfinite().all() and l.weight.isfinite().all() and (l.wanted is None or l.wanted.isfinite().all())): raise UserError(f"the weights of {layer}, or what it reads, are not finite; are all weights, and the images?")
+        keep[site], scores[site] = select(l, ask.counts[site])
+        put_back(now, layer, keep[site], *refit(l, keep[site], o["rescale"], o.get("ridge", 0.)))
+    watch(now, blocks, images, o["draws"], ask.seed, met)
     return Choice(keep, scores, weights=held(now))
+
+# %% ../../nbs/methods/layerwise.ipynb #befff374
+def _originals(net:nn.Module, blocks:dict[str, str], images:torch.Tensor, draws:int, seed:int) -> Callable: # layer -> what `_answered` gives, once each
+    "What each layer answers in the network before: all in one pass where there is room for the answers, else one at a time"
+    numbers = len(images)*draws*sum(net.get_submodule(layer).weight.shape[0] for layer in blocks)
+    if numbers*8 > ROOM: return lambda layer: _answered(net, layer, seen(net, layer, images, draws, seed, blocks[layer]))
+    found = {}
+    def met(layer, s): found[layer] = _answered(net, layer, s)
+    watch(net, blocks, images, draws, seed, met)
+    return found.pop
