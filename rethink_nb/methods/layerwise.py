@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LAYER_OPTIONS', 'TARGETS', 'read_sites', 'layer_counts', 'look', 'put_back', 'choose_by_layer']
 
-# %% ../../nbs/methods/layerwise.ipynb #b3d2cfca
+# %% ../../nbs/methods/layerwise.ipynb #77df68b0
 from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
@@ -19,7 +19,7 @@ from ..core.errors import UserError
 from ..core.seed import generator
 from .base import CHANNEL_OPTIONS, Ask, Choice, channels_asked
 from .reconstruct import RESCALES, Layer, drawn_layer, refit
-from ..surgery.capture import ROOM, Seen, gather_images, readers, seen, watch
+from ..surgery.capture import Seen, gather_images, readers, room_for, seen, watch
 from ..surgery.plan import selected
 
 # %% ../../nbs/methods/layerwise.ipynb #7ad0766b
@@ -140,11 +140,11 @@ def choose_by_layer(
     watch(now, blocks, images, o["draws"], ask.seed, met)
     return Choice(keep, scores, weights=held(now))
 
-# %% ../../nbs/methods/layerwise.ipynb #befff374
+# %% ../../nbs/methods/layerwise.ipynb #8708290c
 def _originals(net:nn.Module, blocks:dict[str, str], images:torch.Tensor, draws:int, seed:int) -> Callable: # layer -> what `_answered` gives, once each
     "What each layer answers in the network before: all in one pass where there is room for the answers, else one at a time"
-    numbers = len(images)*draws*sum(net.get_submodule(layer).weight.shape[0] for layer in blocks)
-    if numbers*8 > ROOM: return lambda layer: _answered(net, layer, seen(net, layer, images, draws, seed, blocks[layer]))
+    answers = len(images)*draws*sum(net.get_submodule(layer).weight.shape[0] for layer in blocks)
+    if not room_for(answers*8): return lambda layer: _answered(net, layer, seen(net, layer, images, draws, seed, blocks[layer]))
     found = {}
     def met(layer, s): found[layer] = _answered(net, layer, s)
     watch(net, blocks, images, draws, seed, met)
