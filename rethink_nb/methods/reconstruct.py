@@ -13,23 +13,35 @@ import torch
 
 from ..core.errors import UserError
 
-# %% ../../nbs/methods/reconstruct.ipynb #2d5ce9b2
+# %% ../../nbs/methods/reconstruct.ipynb #3fb3ddd7
 def solved(
     gram:torch.Tensor, # (C,C): X'X, float64
     right:torch.Tensor, # (C,) or (C,n): X'Y
     cutoff:float=1e-10, # columns closer to dependence than this (an eigenvalue of their correlations) count as dependent
 ) -> torch.Tensor: # (C,) or (C,n)
     "The least squares solution of X w = Y; where columns depend on each other, the smallest in the columns' scale, and zero where a column is"
-    size = gram.diagonal().clamp_min(0).sqrt()
-    inverse = torch.where(size > 0, 1/size, 0.)
+    live = gram.diagonal() > 0
+    if not live.all(): # networks have channels that never answer
+        w = torch.zeros_like(right)
+        if live.any(): w[live] = solved(gram[live][:, live], right[live], cutoff)
+        return w
+    inverse = 1/gram.diagonal().sqrt()
     scaled, b = gram*inverse*inverse[:, None], right.view(len(gram), -1)*inverse[:, None]
     factor, bad = torch.linalg.cholesky_ex(scaled)
     if not bad and factor.diagonal().min()**2 > cutoff**.5: w = torch.cholesky_solve(b, factor) # far from dependent
     else:
-        values, vectors = torch.linalg.eigh(scaled)
+        values, vectors = _eigen(scaled)
         keep = values > cutoff*values.max()
         w = vectors[:, keep] @ ((vectors[:, keep].T @ b)/values[keep, None])
     return (w*inverse[:, None]).view(right.shape)
+
+# %% ../../nbs/methods/reconstruct.ipynb #9564fcf9
+def _eigen(a:torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: # values, vectors
+    "Of a symmetric matrix; the fast way gives up on some with many equal values"
+    try: return torch.linalg.eigh(a)
+    except torch.linalg.LinAlgError:
+        from scipy.linalg import eigh # seldom needed, and slow to import
+        return tuple(map(torch.from_numpy, eigh(a.numpy(), driver="evr")))
 
 # %% ../../nbs/methods/reconstruct.ipynb #e17ef1a2
 @dataclass(frozen=True)
