@@ -17,8 +17,8 @@ from fastcore.basics import patch
 from .errors import UserError
 from .files import write_text
 
-# %% ../../nbs/core/record.ipynb #4121c108
-class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+# %% ../../nbs/core/record.ipynb #1bb32b95
+class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, dict=True):
     "A frozen record: equal by value, JSON both ways, `id` from its content"
     schema: ClassVar[int] = 1 # raise it when the meaning of a field or a default changes, so that old ids do not lie
 
@@ -80,11 +80,12 @@ def _named(value:Any) -> Any:
     if isinstance(value, (list, tuple)): return [_named(v) for v in value]
     return {k: _named(v) for k, v in value.items()} if isinstance(value, dict) else value
 
-# %% ../../nbs/core/record.ipynb #2cbe9f8b
+# %% ../../nbs/core/record.ipynb #4860fd9a
 @patch(as_prop=True)
 def id(self:Record) -> str:
-    "Name from content: the same for equal records on every machine"
-    return content_id(_named(type(self).from_dict(msgspec.to_builtins(self))))
+    "Name from content: the same for equal records on every machine; worked out once"
+    if "id" not in self.__dict__: self.__dict__["id"] = content_id(_named(type(self).from_dict(msgspec.to_builtins(self))))
+    return self.__dict__["id"]
 
 # %% ../../nbs/core/record.ipynb #12775b76
 @patch

@@ -140,11 +140,11 @@ def found_run(self:Study, arm:Arm, start:Run | None, ratio:float, seed:int) -> R
         of |= dict(budget="nonzero_macs" if weights else "flops", cap=self.cap or (2. if weights else None), extra=extra)
     return Run(kind="train", data=self.images, arch=None, recipe=r, seed=seed, **of)
 
-# %% ../../nbs/study/cells.ipynb #44d96d74
+# %% ../../nbs/study/cells.ipynb #c51ed855
 @patch
 def cells(self:Study) -> list[Cell]:
     "Every arm at every ratio and seed; the parent once a seed; a method is no control of itself"
-    own = [(a, ratio, s) for s in range(self.seeds) for a in map(arm, self.arms) if a.start != self.method for ratio in ((0.,) if a.start == "none" else self.levels)]
+    own = [(a, ratio, s) for s in self.replicates for a in map(arm, self.arms) if a.start != self.method for ratio in ((0.,) if a.start == "none" else self.levels)]
     return [Cell(self.data, self.network, self.way, ratio, a.name, s, self.arm_run(a, ratio, s), self.parent_run(s)) for a, ratio, s in own]
 
 # %% ../../nbs/study/cells.ipynb #2e364190

@@ -80,12 +80,12 @@ def widths_frame(
     rows = [dict(data=s.data, network=s.arch, method=s.way, ratio=r, site=site, width=kept, full=full) for s in studies for r in s.levels for site, kept, full in _kept(s, r, store)]
     return DataFrame(rows).groupby(["data", "network", "method", "ratio", "site"], sort=False, as_index=False).mean() if rows else DataFrame()
 
-# %% ../../nbs/study/frames.ipynb #54f223dc
+# %% ../../nbs/study/frames.ipynb #d1e5f60e
 def _kept(s:Study, ratio:float, store:Store | None) -> list[tuple[str, int, int]]: # site, what is kept, of how many
     "What a study keeps at a ratio; once a seed where trained weights say it"
     free, widths = [x for x in s.base.sites() if x.free], lambda small: [(x.name, small.site(x.name).width, x.width) for x in free]
     if s.known: return widths(pruned_arch(s.method, s.base, **s.request(ratio)))
-    done = [r.id for r in (s.prune_run(s.method, ratio, seed) for seed in range(s.seeds)) if store and store.done(r)]
+    done = [r.id for r in (s.prune_run(s.method, ratio, seed) for seed in s.replicates) if store and store.done(r)]
     if s.counts != {}: return [row for id in done for row in widths(store.arch(id))]
     return [(name.removesuffix(".weight"), int(m.sum()), m.numel()) for id in done for name, m in store.masks(id).items()]
 

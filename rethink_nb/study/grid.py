@@ -65,8 +65,8 @@ def comparisons(
     own = [(a, b) for one, two in COMPARISONS for a in found for b in found if (found[a], found[b]) == (one, two) and fits(a, b)]
     return list(dict.fromkeys([*COMPARISONS, *own]))
 
-# %% ../../nbs/study/grid.ipynb #30d27608
-class Study(Record, frozen=True, dict=True):
+# %% ../../nbs/study/grid.ipynb #be969729
+class Study(Record, frozen=True):
     "One network, one data set, one method: which arms, ratios and seeds to run, and when two arms count as equal"
     data: str # a data set's name
     arch: str # a network's name
@@ -74,6 +74,7 @@ class Study(Record, frozen=True, dict=True):
     ratios: tuple[float, ...] = (.3, .5) # fractions of channels, or weights, removed
     arms: tuple[str, ...] = USUAL["channels"] # these stand for the usual ones of the method
     seeds: int = 3 # replicates; each has a parent of its own
+    first_seed: int = 0 # the number of the first; the others follow
     scale: str | None = None # sets the margin unless one is given; None: the usual one of the data set
     epochs: int | None = None # the parent's; None: the recipe's
     subset: int | None = None # training images; None: all
@@ -164,13 +165,14 @@ def _canonical(s:Study) -> dict:
     given = {k: typed(k, v, defaults[k]) for k, v in s.options.items()}
     return {k: v for k, v in given.items() if v != defaults[k]}
 
-# %% ../../nbs/study/grid.ipynb #05a3f52b
+# %% ../../nbs/study/grid.ipynb #10867637
 def _check_study(s:Study):
     "Refuse numbers that cannot be"
     _check_training(s)
     if s.scale not in scales: raise UserError(f"unknown scale {s.scale!r}: there are {', '.join(scales)}")
     if not 1 <= s.seeds <= 1000 or not 1 <= (s.epochs or s.recipe.epochs) <= 100_000 or s.epochs == 0:
         raise UserError("a study needs at least one seed and one epoch (and at most 1,000 seeds, 100,000 epochs)")
+    if not 0 <= s.first_seed <= 1_000_000: raise UserError(f"first_seed {s.first_seed}: give a number from 0 to 1,000,000")
     if not 0 < s.alpha < 1: raise UserError(f"alpha {s.alpha}: give a number between 0 and 1, such as 0.05 for 95 % intervals")
     if s.margin is not None and not 0 < s.margin <= 100: raise UserError(f"margin {s.margin}: give points of accuracy above 0")
     if s.cap is not None and not 1 <= s.cap < float("inf"): raise UserError(f"cap {s.cap}: give a factor of at least 1")
@@ -277,6 +279,12 @@ def recipe_after(self:Study) -> Recipe:
 def images(self:Study) -> DataRef:
     "Which images it trains on, and is judged by"
     return DataRef(name=self.data, subset=self.subset, val=0 if self.reference else None)
+
+# %% ../../nbs/study/grid.ipynb #7c83c73e
+@patch(as_prop=True)
+def replicates(self:Study) -> range:
+    "The seeds"
+    return range(self.first_seed, self.first_seed + self.seeds)
 
 # %% ../../nbs/study/grid.ipynb #4594a30f
 @patch(as_prop=True)

@@ -61,6 +61,13 @@ def ended(self:Store, run:Run) -> bool:
     "Whether the run is not to be tried again: it is done, or has diverged, which it would do again"
     return (self.record(run.id) or {}).get("status") in ("done", "diverged")
 
+# %% ../../nbs/study/store.ipynb #c1828fe2
+@patch
+def status(self:Store, id:str) -> str:
+    "done, diverged, failed, missing, or damaged"
+    try: return (self.record(id) or {}).get("status", "missing")
+    except UserError: return "damaged"
+
 # %% ../../nbs/study/store.ipynb #f01d818b
 @patch
 def records(self:Store) -> tuple[list[dict], list[str]]:
@@ -130,6 +137,13 @@ def curve(self:Store, id:str):
 def work(self:Store, run:Run) -> Path:
     "Where a run is carried out"
     return self/".work"/run.id
+
+# %% ../../nbs/study/store.ipynb #ca01e2ae
+@patch
+def progress(self:Store, id:str) -> dict | None: # label, epoch, epochs, and the curve's last row
+    "How far a training has come that is under way; None for what is not"
+    try: return json.loads((self/".work"/id/"progress.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError): return None
 
 # %% ../../nbs/study/store.ipynb #e4191d5b
 @patch

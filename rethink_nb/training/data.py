@@ -109,7 +109,7 @@ def pick(
     parts = train_test_split(everyone.numpy(), train_size=n, random_state=seed % 2**32, stratify=labels.numpy())
     return tuple(torch.from_numpy(part).sort().values for part in parts)
 
-# %% ../../nbs/training/data.ipynb #3832136a
+# %% ../../nbs/training/data.ipynb #11e313b4
 @dataclass(frozen=True)
 class Source:
     "Where a data set comes from and how it is treated"
@@ -121,6 +121,7 @@ class Source:
     flip: bool
     mean: tuple[float,...]|None = None  # None: computed from the training images in use
     std: tuple[float,...]|None = None
+    images: int|None = None             # training images before any is held out; None: known only when they are read
 
 datasets = Registry("data set")
 
@@ -154,8 +155,8 @@ def read_digits(root=None, download:bool=False) -> tuple[Split, Split]: # 1,200 
     test, train = pick(everyone.labels, 597, seed=0) # a constant: the test images never move
     return everyone.take(train), everyone.take(test)
 
-# %% ../../nbs/training/data.ipynb #e2d52fed
-datasets.register("digits", Source(read_digits, classes=10, input=(1, 8, 8), val=200, pad=0, flip=False)) # [ours]
+# %% ../../nbs/training/data.ipynb #9739f1d6
+datasets.register("digits", Source(read_digits, classes=10, input=(1, 8, 8), val=200, pad=0, flip=False, images=1_200)) # [ours]
 
 # %% ../../nbs/training/data.ipynb #7b97f7ad
 def bases(root=None) -> list[Path]: # the first is where a download goes
@@ -233,9 +234,9 @@ def read_fashion(
     parts = [_fashion_part(p) for p in obtain("Fashion-MNIST", names, folders, advice, fetch)]
     return Split(*parts[:2]), Split(*parts[2:])
 
-# %% ../../nbs/training/data.ipynb #6ccf5395
+# %% ../../nbs/training/data.ipynb #71de11ed
 datasets.register("fashion-mnist", Source(read_fashion, classes=10, input=(1, 28, 28), val=5_000, # [ours]: 500 a class
-    pad=4, flip=True)) # zhunzhong07/Random-Erasing, fashionmnist.py at 24560bd
+    pad=4, flip=True, images=60_000)) # zhunzhong07/Random-Erasing, fashionmnist.py at 24560bd
 
 # %% ../../nbs/training/data.ipynb #554cf2f4
 def _cifar_file(path:Path, coarse:bool, images:int|None) -> Split:
@@ -294,9 +295,9 @@ _cifar10 = CifarFiles("cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d8753
 _cifar100 = CifarFiles("cifar-100-binary.tar.gz", "03b5dce01913d631647c71ecec9e9cb8", "cifar-100-binary",
                        ("train.bin",), ("test.bin",), (50_000, 10_000), True)
 
-# %% ../../nbs/training/data.ipynb #b961ac05
+# %% ../../nbs/training/data.ipynb #9afbad37
 _cifar = partial(Source, input=(3, 32, 32), val=5_000, # [ours]; the reference holds nothing out
-    pad=4, flip=True, mean=(.4914,.4822,.4465), std=(.2023,.1994,.2010)) # cifar/l1-norm-pruning/main.py
+    pad=4, flip=True, mean=(.4914,.4822,.4465), std=(.2023,.1994,.2010), images=50_000) # cifar/l1-norm-pruning/main.py
 datasets.register("cifar10", _cifar(_cifar10, classes=10))
 datasets.register("cifar100", _cifar(_cifar100, classes=100))
 shipped = frozenset(datasets.items) # the sets that every process knows
