@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['module_cost', 'Count', 'count']
 
-# %% ../../nbs/arch/count.ipynb #1e63965e
+# %% ../../nbs/arch/count.ipynb #13051ec2
 from dataclasses import dataclass
 
 import torch
 from fastcore.basics import patch
 from torch import nn
 
+from .shapes import ShapesOnly
 from .spec import Arch, per_arch
 from ..core.errors import UserError
 from ..core.mode import evaluating
@@ -58,7 +59,7 @@ def _kind(m:nn.Module) -> str:
     known = next(c for c in type(m).__mro__ if getattr(nn, c.__name__, None) is c)
     return (type(m) if known is nn.Module else known).__name__
 
-# %% ../../nbs/arch/count.ipynb #2edb6e3d
+# %% ../../nbs/arch/count.ipynb #a0f40a8c
 def count(
     net:nn.Module,
     input:tuple[int, int, int], # channels, height, width of one image
@@ -72,7 +73,7 @@ def count(
     leaves = [(k, m) for k, m in net.named_modules() if not list(m.children())]
     hooks = [m.register_forward_hook(lambda m, a, y, k=k: note(m, a, y, k)) for k, m in leaves]
     try:
-        with evaluating(net), torch.no_grad(): net(torch.zeros(1, *input, device=device, dtype=next(net.parameters()).dtype))
+        with evaluating(net), torch.no_grad(), ShapesOnly(): net(torch.zeros(1, *input, device=device, dtype=next(net.parameters()).dtype))
     finally:
         for h in hooks: h.remove()
     return Count(total[0], total[1], sum(p.numel() for p in net.parameters()), total[2], tuple(rows))

@@ -6,8 +6,8 @@
 __all__ = ['experiments_folder', 'experiments', 'experiment_path', 'parameters', 'NotebookError', 'run_notebook',
            'check_parameters', 'values_of', 'experiment_of']
 
-# %% ../../nbs/study/notebook.ipynb #02a9c8d3
-import json, logging, os, sys
+# %% ../../nbs/study/notebook.ipynb #aa3c20f6
+import json, logging, os
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,6 +16,7 @@ from msgspec import to_builtins
 
 import rethink_nb
 from ..core.errors import UserError
+from ..core.imports import nbformat_imported
 from ..core.registry import Registry
 from .grid import Study
 
@@ -41,21 +42,13 @@ def experiment_path(
     if not Path(name).is_file(): raise UserError(f"experiment {name}: no such file")
     return Path(name)
 
-# %% ../../nbs/study/notebook.ipynb #fd01efd0
+# %% ../../nbs/study/notebook.ipynb #9d08761c
 def parameters(name:str) -> dict:
     "The parameters of an experiment: name to papermill's record of type, default and help"
-    _quick_import()
+    nbformat_imported()
     from papermill import inspect_notebook
     logging.getLogger("papermill").setLevel(logging.ERROR)
     return inspect_notebook(str(experiment_path(name)))
-
-# %% ../../nbs/study/notebook.ipynb #2619af27
-def _quick_import():
-    "Import what reads notebooks, without the grammar of international addresses that its JSON schemas never ask for, and that takes seconds to be built"
-    if "jsonschema" in sys.modules or "rfc3987_syntax" in sys.modules: return
-    sys.modules["rfc3987_syntax"] = None # jsonschema takes it for not installed
-    import nbformat # noqa: F401
-    del sys.modules["rfc3987_syntax"]
 
 # %% ../../nbs/study/notebook.ipynb #5a05fde2
 class NotebookError(UserError):
@@ -91,11 +84,11 @@ def check_parameters(name:str, values:dict):
     known = parameters(name)
     if wrong := [k for k in values if k not in known]: raise UserError(f"experiment {name} has no parameter {', '.join(wrong)}: there are {', '.join(known)}")
 
-# %% ../../nbs/study/notebook.ipynb #640175c0
+# %% ../../nbs/study/notebook.ipynb #b311933b
 @contextmanager
 def _told(name:str, part:Path, failed:Path):
     "Within, what ends a notebook is raised as `NotebookError`, and what there is of the notebook is kept"
-    _quick_import()
+    nbformat_imported()
     from nbclient.exceptions import DeadKernelError
     from papermill import PapermillExecutionError
     try: yield

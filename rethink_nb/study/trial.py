@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FIGURES', 'Trial', 'stored_trials', 'grouped']
 
-# %% ../../nbs/study/trial.ipynb #664561d9
+# %% ../../nbs/study/trial.ipynb #698f886f
 import sys
 from collections.abc import Iterable
 from functools import cached_property
@@ -14,6 +14,7 @@ from pathlib import Path
 from fastcore.basics import patch
 
 from ..core.errors import UserError
+from ..core.imports import nbformat_imported
 from .cells import Cell, runs_of
 from .frames import classes_frame, cost_frame, curve_frame, spent_frame, trial_frame, widths_frame
 from .grid import Study, comparisons, scales
@@ -152,12 +153,13 @@ def exactness(self:Trial):
     from rethink_nb.report.stats import exactness
     return exactness(self.frame())
 
-# %% ../../nbs/study/trial.ipynb #23ac8e57
+# %% ../../nbs/study/trial.ipynb #1e0518c1
 FIGURES = ("curves", "arms", "cost", "widths", "weights")
 
 @patch
 def figure(self:Trial, kind:str="curves"):
     "A plotly figure: curves, arms, cost, widths (channels kept) or weights (kept in each layer)"
+    nbformat_imported() # plotly asks for it when a notebook shows the figure
     from rethink_nb.report import figures
     if kind not in FIGURES: raise UserError(f"unknown figure {kind!r}: there are {', '.join(FIGURES)}")
     if kind in ("widths", "weights"):

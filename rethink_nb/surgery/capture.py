@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ROOM', 'readers', 'gather_images', 'Seen', 'seen', 'largest_map', 'room_for', 'watch']
 
-# %% ../../nbs/surgery/capture.ipynb #e759f984
+# %% ../../nbs/surgery/capture.ipynb #76999ec8
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ..arch.shapes import ShapesOnly
 from ..arch.spec import Arch, per_arch
 from ..core.errors import UserError
 from ..core.seed import generator
@@ -137,13 +138,13 @@ def _run(net:nn.Module, images:torch.Tensor, size:int=100):
         try: net(part.to(own))
         except _Reached: pass
 
-# %% ../../nbs/surgery/capture.ipynb #3ea5ef26
+# %% ../../nbs/surgery/capture.ipynb #757b46c5
 @per_arch
 def largest_map(arch:Arch) -> int:
     "How many numbers the largest map has that a module puts out for one image"
     sizes, net = [], arch.blank().eval()
     for m in net.modules(): m.register_forward_hook(lambda m, args, y: sizes.append(y.numel()))
-    net(torch.zeros(1, *arch.input, device="meta"))
+    with torch.no_grad(), ShapesOnly(): net(torch.zeros(1, *arch.input, device="meta"))
     return max(sizes)
 
 # %% ../../nbs/surgery/capture.ipynb #f1e2c089
