@@ -6,11 +6,11 @@
 __all__ = ['commands', 'command', 'methods', 'archs', 'count', 'prune', 'run', 'demo', 'batch', 'status', 'report', 'main',
            'usage']
 
-# %% ../nbs/cli.ipynb #ab4476ec
+# %% ../nbs/cli.ipynb #2ae3f3b1
 import json, sys, time
 from pathlib import Path
 
-from fastcore.script import anno_parser, call_parse
+from fastcore.script import Param, anno_parser, call_parse
 
 from .core.errors import UserError
 from .core.registry import Registry
@@ -255,11 +255,11 @@ def demo(
     print(f"{time.time() - began:.0f} s")
     return code
 
-# %% ../nbs/cli.ipynb #aa7c39f3
+# %% ../nbs/cli.ipynb #71a50e91
 @command
 @call_parse
 def batch(
-    study:str="", # a study file (.toml), or the name of one that ships with the package
+    study:Param("a study file (.toml), or the name of one that ships with the package", str, opt=False, nargs="?")="",
     list:bool=False, # name the study files that there are, with their runs and their compute, and do nothing
     dry_run:bool=False, # print the notebooks, what each needs, and what is left to do, and do nothing
     store:str="runs", # folder of results
@@ -284,11 +284,11 @@ def batch(
     if bad: print(f"\n{len(bad)} of {len(results)} notebooks have no result; the same command tries them again", *bad, sep="\n", file=sys.stderr)
     return 1 if bad else None
 
-# %% ../nbs/cli.ipynb #c2f87816
+# %% ../nbs/cli.ipynb #4899e79b
 @command
 @call_parse
 def status(
-    out:str="", # folder of a batch; empty: the one that was begun last, of those here
+    out:Param("folder of a batch; the one that was begun last, of those here, where it is left out", str, opt=False, nargs="?")="",
     watch:bool=False, # look again every two seconds, till nothing runs
 ):
     "Show how a batch is doing: done, running, failed, waiting, time left, and the last error of each failure"
@@ -331,13 +331,14 @@ def main(argv:list[str] | None=None) -> int: # exit code
         print("\nrethink-nb: interrupted; the same command goes on from here", file=sys.stderr)
         return 143 if e.args == ("SIGTERM",) else 130
 
-# %% ../nbs/cli.ipynb #286f1317
+# %% ../nbs/cli.ipynb #0b2dcae8
 def _call(name:str, argv:list[str]) -> int:
     "Parse the arguments of a command and call it"
     func = commands.get(name).__wrapped__
     parser = anno_parser(func, prog=f"rethink-nb {name}")
     def refuse(message): raise UserError(f"{name}: {message}; see rethink-nb {name} --help")
     parser.error = refuse
+    _dash(parser)
     parser.add_argument("--plugin", action="append", default=[], help="a Python file that registers methods of your own; may stand several times")
     args = vars(parser.parse_args(argv))
     if plugins := args.pop("plugin"):
@@ -345,6 +346,14 @@ def _call(name:str, argv:list[str]) -> int:
         for path in plugins: load_plugin(path)
     for extra in ("pdb", "xtra"): args.pop(extra, None)
     return func(**args) or 0
+
+# %% ../nbs/cli.ipynb #74c7a593
+def _dash(parser):
+    "Options of two words are written with a dash, as is usual; with an underscore they are understood as well"
+    for a in parser._actions:
+        own = a.option_strings
+        a.option_strings = [o.replace("_", "-") for o in own]
+        parser._option_string_actions |= dict.fromkeys(a.option_strings, a)
 
 # %% ../nbs/cli.ipynb #02239df2
 def usage() -> str:

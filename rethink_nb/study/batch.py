@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['Batch', 'listed']
 
-# %% ../../nbs/study/batch.ipynb #c9c0d915
+# %% ../../nbs/study/batch.ipynb #6002ba05
 import os, sys, time
+from contextlib import nullcontext
 from functools import cached_property, partial
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -23,7 +24,7 @@ from .estimate import estimate, pace
 from .files import read_studies, study_files
 from .pages import write_results
 from .pool import Bars
-from .process import finished, in_process, noted, state_path
+from .carry import finished, carry_out, noted, state_path
 from .status import write_plan
 from .store import Store
 from .tasks import Task, overview_task, tasks_of
@@ -123,11 +124,11 @@ class _Bars:
 
 def _took(result:dict) -> str: return f"{result['seconds']:.0f} s  " if result.get("seconds") else ""
 
-# %% ../../nbs/study/batch.ipynb #a60e1710
+# %% ../../nbs/study/batch.ipynb #8e1d5a0e
 @patch
 def run(self:Batch,
     workers:int | None=None, # places to work; None: all cores, or all GPUs
-    scheduler:str="", # address of a running dask scheduler; empty: this machine
+    scheduler="", # address of a running dask scheduler, or a dask client; empty: this machine
     timeout:float | None=None, # seconds that a notebook may take; None: without end
     progress:bool=True,
 ) -> dict[str, dict]: # how each notebook has ended that was to do
@@ -138,9 +139,9 @@ def run(self:Batch,
     todo = self.todo
     if not todo and finished(self.out, self.overview, self.store): return {}
     env = dict(RETHINK_NB_PLUGINS=os.pathsep.join(map(str, plugins_loaded()))) if plugins_loaded() else {}
-    work, bars = partial(in_process, out=self.out, timeout=timeout, env=env), _Bars(self, [*todo, self.overview], progress)
+    work, bars = partial(carry_out, out=self.out, timeout=timeout, env=env), _Bars(self, [*todo, self.overview], progress)
     try:
-        with client_at(scheduler) if scheduler else local_client(spots) as client:
+        with local_client(spots) if not scheduler else client_at(scheduler) if isinstance(scheduler, str) else nullcontext(scheduler) as client:
             results = Engine(client, todo, work, bars.told).run(bars.look)
             self.forget_overview()
             return results | Engine(client, [self.overview], work, bars.told).run(bars.look)

@@ -18,7 +18,7 @@ from ..core.errors import UserError
 from .cluster import TRIES
 from .pool import lost, ready
 
-# %% ../../nbs/study/engine.ipynb #e3d769b2
+# %% ../../nbs/study/engine.ipynb #77a259dc
 LATER = 2. # seconds
 
 class Engine:
@@ -33,14 +33,15 @@ class Engine:
         self.tasks = {t.name: t for t in tasks}
         self.waiting = {t.name: {*t.needs} & self.tasks.keys() for t in self.tasks.values()}
         self.needed = {n for needs in self.waiting.values() for n in needs}
+        self.order = {name: (name in self.needed)*len(self.tasks) - i for i, name in enumerate(self.tasks)} # the higher, the sooner
         self.running, self.later, self.results = {}, {}, {} # futures, times and outcomes by name
         self.killed, self.number, self.ended = Counter(), count(), SimpleQueue()
 
-# %% ../../nbs/study/engine.ipynb #53872393
+# %% ../../nbs/study/engine.ipynb #272ae1ec
 @patch
 def submit(self:Engine, name:str):
-    "Hand a task to the workers; those that others need come first"
-    future = self.client.submit(self.work, self.tasks[name], key=f"{name}-{next(self.number)}", pure=False, priority=int(name in self.needed))
+    "Hand a task to the workers; those that others need come first, then as they were given"
+    future = self.client.submit(self.work, self.tasks[name], key=f"{name}-{next(self.number)}", pure=False, priority=self.order[name])
     self.running[name] = future
     future.add_done_callback(lambda f: self.ended.put((name, f)))
 

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['IN_BATCH', 'needs_of', 'ready', 'lost', 'Bars', 'load_all', 'check_methods', 'run_all', 'in_batch', 'n_workers']
 
-# %% ../../nbs/study/pool.ipynb #24af1d6c
+# %% ../../nbs/study/pool.ipynb #c97dd659
 import os, sys
 from collections.abc import Iterable
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
@@ -125,11 +125,21 @@ def n_workers(workers:int | None, device:str, runs:int) -> int:
     if workers < 1: raise UserError(f"{workers} workers: give at least 1")
     return max(1, min(workers, runs))
 
-# %% ../../nbs/study/pool.ipynb #5cdd3c5c
+# %% ../../nbs/study/pool.ipynb #80c9539e
+class _Here:
+    "What carries out in this process, and at once, what it is given; as far as it must look like a pool of processes"
+    _processes = {}
+    def submit(self, func, *args) -> Future:
+        f = Future()
+        f.set_result(func(*args))
+        return f
+    def shutdown(self, **options): pass
+
+# %% ../../nbs/study/pool.ipynb #fc6ed3c0
 def _in_processes(todo:list[Run], diverged:dict[str, str], store:Store, n:int, device:str, root, bars:Bars, patient:bool) -> dict[str, str]:
     "Hand runs to workers as their starts get done"
     by_id, waiting, running, busy, errors, moved = {r.id: r for r in todo}, needs_of(todo), {}, {}, dict(diverged), True
-    pool = ProcessPoolExecutor(n, mp_context=get_context("spawn"), initializer=start_worker)
+    pool = _Here() if in_batch() and n == 1 else ProcessPoolExecutor(n, mp_context=get_context("spawn"), initializer=start_worker)
     try:
         while waiting or running or busy:
             while moved and (gone := lost(waiting, errors)): # no use in training its start again for each of its descendants

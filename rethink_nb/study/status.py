@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['write_plan', 'read_plan', 'state_of', 'status_frame', 'summary', 'report', 'still_running', 'latest']
 
-# %% ../../nbs/study/status.ipynb #8fb9a457
+# %% ../../nbs/study/status.ipynb #21e3e0c3
 import json, time
 from collections import Counter
 from pathlib import Path
@@ -15,7 +15,7 @@ from filelock import Timeout
 from ..core.errors import UserError
 from ..core.files import write_text
 from ..core.record import read_json
-from .process import read_state, task_lock
+from .carry import read_state, task_lock
 from .store import Store
 from .tasks import Task, task_id
 
@@ -38,14 +38,14 @@ def read_plan(out) -> dict:
     if not (Path(out)/_PLAN).is_file(): raise UserError(f"{out} is no folder of a batch: it has no {_PLAN}; give the folder that `rethink-nb batch` named")
     return read_json(Path(out)/_PLAN)
 
-# %% ../../nbs/study/status.ipynb #e837fd19
+# %% ../../nbs/study/status.ipynb #9f53f163
 def state_of(
     out,
     entry:dict, # of the plan
 ) -> dict: # status: waiting, running, done, failed, killed or skipped; and what else is known
     "How a notebook is doing"
     state = read_state(out, entry["name"]) or {}
-    if state.get("id") != entry["id"] or state["status"] == "running" and not _held(out, entry["name"]): return dict(status="waiting")
+    if state.get("id") != entry["id"] or state["status"] == "busy" or state["status"] == "running" and not _held(out, entry["name"]): return dict(status="waiting")
     return state
 
 # %% ../../nbs/study/status.ipynb #b66ad697

@@ -37,14 +37,14 @@ def task_id(t:Task) -> str:
     text = experiment_path(t.experiment).read_bytes()
     return content_id(dict(text=hashlib.sha256(text).hexdigest(), values={k: v for k, v in t.values.items() if k not in _WHERE}, runs=[r.id for r in t.runs]))
 
-# %% ../../nbs/study/tasks.ipynb #0536dc63
+# %% ../../nbs/study/tasks.ipynb #bf0f8d92
 def parent_study(
     s:Study,
     seed:int,
 ) -> Study:
     "The study that trains the parent of one seed"
     added = dict(method=s.method, options=s.options) if s.parent_run(seed).method else dict(method="l1")
-    same = ("data", "arch", "scale", "epochs", "subset", "width", "precision", "margin", "alpha", "recipe_name", "training", "reference")
+    same = ("data", "arch", "scale", "epochs", "subset", "width", "precision", "alpha", "recipe_name", "training", "reference")
     return Study(**added, **{k: getattr(s, k) for k in same}, arms=("parent",), seeds=1, first_seed=seed)
 
 # %% ../../nbs/study/tasks.ipynb #41ece84c
@@ -58,11 +58,11 @@ def _named(what:str, s:Study, more:str) -> str:
     "The name of a notebook: what it does, to which network, on which images"
     return "-".join(filter(None, [what, s.data, s.arch, more, f"seed{s.first_seed}"]))
 
-# %% ../../nbs/study/tasks.ipynb #8a29db44
+# %% ../../nbs/study/tasks.ipynb #9b8d0709
 def _parents(studies:Iterable[Study]) -> list[Task]:
     "A task for each parent that is to be trained; one that was brought along is not"
     own = {s.parent_run(seed).id: parent_study(s, seed) for s in studies if not s.parent for seed in s.replicates}
-    return [Task(_named("parent", p, p.method if p.parent_run(p.first_seed).method else ""), "parent", values_of(p, "parent"), tuple(runs_of(p.cells()))) for p in own.values()]
+    return [Task(_named("parent", p, p.method if p.parent_run(p.first_seed).method else ""), "parent", values_of(p, "parent", fixed=("arms",)), tuple(runs_of(p.cells()))) for p in own.values()]
 
 # %% ../../nbs/study/tasks.ipynb #fa83794a
 def _trials(studies:Iterable[Study], parents:list[Task]) -> list[Task]:
