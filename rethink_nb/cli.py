@@ -255,7 +255,7 @@ def demo(
     print(f"{time.time() - began:.0f} s")
     return code
 
-# %% ../nbs/cli.ipynb #71a50e91
+# %% ../nbs/cli.ipynb #9d740032
 @command
 @call_parse
 def batch(
@@ -277,7 +277,6 @@ def batch(
     if timeout < 0: raise UserError(f"timeout {timeout:g}: give minutes, or 0")
     b = Batch(study, store, out, root, device)
     if dry_run: print(b.graph(), b.forecast(), sep="\n\n"); return None
-    print(b.forecast(), file=sys.stderr)
     results = b.run(workers or None, scheduler, 60*timeout or None)
     bad = [f"{name}: {r['status']}: {r['error']}" for name, r in results.items() if r["status"] != "done"]
     print(*(t.summary() for t in b.trials), "\n".join(f"{what:<9} {path}" for what, path in {**b.write_report(), "notebooks": b.out, "store": b.store.path}.items()), sep="\n\n")

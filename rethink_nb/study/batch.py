@@ -91,26 +91,26 @@ def _told(path:Path, root) -> str:
     try: f = read_studies(path); return f"{estimate(f.studies, root=root)}: {f.title}"
     except UserError as e: return f"- {e}"
 
-# %% ../../nbs/study/batch.ipynb #1252f40d
+# %% ../../nbs/study/batch.ipynb #6380ebd5
 @patch
 def check(self:Batch):
     "Refuse what cannot be carried out"
     for t in self.trials: t.check(None, self.device, self.root or None)
-    for place in (self.store.path, self.out): _check_writable(place)
 
-# %% ../../nbs/study/batch.ipynb #3a8ac843
+# %% ../../nbs/study/batch.ipynb #27e2e294
 def _check_writable(at:Path):
-    "Make a folder, and a file in it for a moment"
+    "Make a folder, and a file in it, for a moment"
+    new = not at.exists()
     try:
         at.mkdir(parents=True, exist_ok=True)
         with NamedTemporaryFile(dir=at, prefix=".try."): pass
     except OSError as e: raise UserError(f"{at} cannot be written to ({e.strerror}): name another folder") from None
+    if new: at.rmdir()
 
-# %% ../../nbs/study/batch.ipynb #6ba667e3
+# %% ../../nbs/study/batch.ipynb #b4b57eb8
 class _Bars:
     "Tells how a batch is doing; bars only where somebody looks"
     def __init__(self, batch:Batch, tasks:list[Task], on:bool):
-        off = not on or not (sys.stderr.isatty() or "ipykernel" in sys.modules)
         self.batch, self.tasks, self.on, self.bars, self.looked = batch, {t.name: t for t in tasks}, on, Bars(len(tasks), batch.store, on, "batch", "notebook"), 0.
     def told(self, name:str, result:dict):
         task = self.tasks[name]
@@ -124,7 +124,7 @@ class _Bars:
 
 def _took(result:dict) -> str: return f"{result['seconds']:.0f} s  " if result.get("seconds") else ""
 
-# %% ../../nbs/study/batch.ipynb #8e1d5a0e
+# %% ../../nbs/study/batch.ipynb #b1d8e5ee
 @patch
 def run(self:Batch,
     workers:int | None=None, # places to work; None: all cores, or all GPUs
@@ -135,17 +135,18 @@ def run(self:Batch,
     "Do what is missing"
     spots = None if scheduler else places(workers, self.device)
     self.check()
-    self.write_plan()
-    todo = self.todo
-    if not todo and finished(self.out, self.overview, self.store): return {}
-    env = dict(RETHINK_NB_PLUGINS=os.pathsep.join(map(str, plugins_loaded()))) if plugins_loaded() else {}
-    work, bars = partial(carry_out, out=self.out, timeout=timeout, env=env), _Bars(self, [*todo, self.overview], progress)
-    try:
-        with local_client(spots) if not scheduler else client_at(scheduler) if isinstance(scheduler, str) else nullcontext(scheduler) as client:
+    if not (todo := self.todo) and finished(self.out, self.overview, self.store): return {}
+    with local_client(spots) if not scheduler else client_at(scheduler) if isinstance(scheduler, str) else nullcontext(scheduler) as client:
+        for place in (self.store.path, self.out): _check_writable(place)
+        self.write_plan()
+        if progress: print(self.forecast(sum(client.nthreads().values())), file=sys.stderr)
+        bars, env = _Bars(self, [*todo, self.overview], progress), dict(RETHINK_NB_PLUGINS=os.pathsep.join(map(str, plugins_loaded()))) if plugins_loaded() else {}
+        work = partial(carry_out, out=self.out, timeout=timeout, env=env)
+        try:
             results = Engine(client, todo, work, bars.told).run(bars.look)
-            self.forget_overview()
+            state_path(self.out, self.overview.name).unlink(missing_ok=True) # there is something new to be seen
             return results | Engine(client, [self.overview], work, bars.told).run(bars.look)
-    finally: bars.bars.close()
+        finally: bars.bars.close()
 
 # %% ../../nbs/study/batch.ipynb #013dc5d9
 @patch
@@ -153,12 +154,6 @@ def write_plan(self:Batch):
     "Write down what there is to do, for `status`, and the studies, for reports of the store"
     for s in self.file.studies: s.write(self.store/"studies"/f"{s.id}.json")
     write_plan(self.out, self.file.title, self.store, [*self.tasks, self.overview])
-
-# %% ../../nbs/study/batch.ipynb #c5a31de5
-@patch
-def forget_overview(self:Batch):
-    "There is something new to be seen: the overview is made again"
-    state_path(self.out, self.overview.name).unlink(missing_ok=True)
 
 # %% ../../nbs/study/batch.ipynb #a3c24717
 @patch

@@ -32,7 +32,7 @@ def _cards() -> list[str]:
     told = os.environ.get("CUDA_VISIBLE_DEVICES")
     return [c.strip() for c in told.split(",") if c.strip()] if told else [str(i) for i in range(torch.cuda.device_count())]
 
-# %% ../../nbs/study/cluster.ipynb #7644e823
+# %% ../../nbs/study/cluster.ipynb #a8c8cba8
 @contextmanager
 def local_client(
     env:list[dict[str, str]], # of each place; see `places`
@@ -43,8 +43,11 @@ def local_client(
     logging.getLogger("distributed").setLevel(logging.CRITICAL) # a worker that dies is told by the batch
     security = Security.temporary()
     spec = {i: dict(cls=Nanny, options=dict(nthreads=1, env={**_HERE, **e}, memory_limit=0, security=security, host="127.0.0.1", dashboard=False, silence_logs=logging.CRITICAL, config=_CONFIG)) for i, e in enumerate(env)}
-    scheduler = dict(cls=Scheduler, options=dict(host="127.0.0.1", port=0, protocol="tls://", security=security, dashboard=False, allowed_failures=TRIES))
-    with dask.config.set(_CONFIG), SpecCluster(spec, scheduler, security=security, silence_logs=logging.CRITICAL) as cluster, Client(cluster, security=security) as client: yield client
+    scheduler = dict(cls=Scheduler, options=dict(host="127.0.0.1", port=0, protocol="tls://", security=security, dashboard=False, dashboard_address="127.0.0.1:0", allowed_failures=TRIES))
+    with dask.config.set(_CONFIG):
+        try: cluster = SpecCluster(spec, scheduler, security=security, silence_logs=logging.CRITICAL)
+        except RuntimeError as e: raise UserError(f"workers do not start ({e}): a script begins a batch under `if __name__ == '__main__':`, since they import it") from None
+        with cluster, Client(cluster, security=security) as client: yield client
 
 # %% ../../nbs/study/cluster.ipynb #7b26a223
 TRIES = 3 # times that a task may lose its worker

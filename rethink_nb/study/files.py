@@ -5,13 +5,12 @@
 # %% auto #0
 __all__ = ['StudyFile', 'keys', 'study_files', 'find_file', 'read_studies', 'trials_of']
 
-# %% ../../nbs/study/files.ipynb #1b42e6c9
+# %% ../../nbs/study/files.ipynb #80576430
 import re, tomllib
 from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 from ..core.errors import UserError
 from ..core.registry import Registry

@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['Task', 'task_id', 'parent_study', 'parts_of', 'tasks_of', 'overview_task', 'settled']
 
-# %% ../../nbs/study/tasks.ipynb #01f2a29e
+# %% ../../nbs/study/tasks.ipynb #e9332aec
 import hashlib
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 from ..core.record import content_id
 from .cells import runs_of
