@@ -6,14 +6,16 @@ import pytest
 from conftest import child
 
 from rethink_nb.core.errors import UserError
-from rethink_nb.study.notebook import experiments, run_notebook
+from rethink_nb.study.notebook import experiments, run_notebook, values_of
 
 
 CONTROLLED = {"trial": "n=3+3", "straight_after": "n=3 pairs", "precision": "3 pairs", "cross": "n=3 pairs", "retraining": "n=2+2", "l1": "n=2+2", "thinet": "n=2+2", "regression": "n=2+2", "soft_filter": "n=2+2",
               "slimming": "n=2 pairs", "sss": "n=2 pairs", "magnitude": "n=2 pairs", "lottery": "n=2 pairs", "guided": "n=2 pairs"} # compare arms, so many times
 SAID = {**{k: (v, "95% intervals") for k, v in CONTROLLED.items()}, "parent": ("2 of 2 parents are trained",), "overview": ("holds no study yet",)}
 
-@pytest.mark.parametrize("name", experiments().names())
+ALIKE = ("l1", "thinet", "regression", "soft_filter", "sss", "magnitude", "lottery", "guided") # the shape of slimming
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in ALIKE else n for n in experiments().names()])
 def test_smoke(name, tmp_path):
     done = child("papermill", experiments().get(name), tmp_path/"out.ipynb", "-p", "store", tmp_path/"runs", "--no-progress-bar", cwd=tmp_path)
     assert done.returncode == 0, done.output
@@ -21,6 +23,22 @@ def test_smoke(name, tmp_path):
     assert any("injected-parameters" in c["metadata"].get("tags", []) for c in cells)
     text = json.dumps(cells)
     assert all(said in text for said in SAID[name])
+
+
+@pytest.mark.parametrize("name", [n for n in experiments().names() if "Trial(study, store)" in experiments().get(n).read_text()])
+def test_the_study_of_an_experiment(name, tmp_path):
+    "Its parameters make a study that can be carried out; and every unusual study of its method comes back from them"
+    cells = ["".join(c["source"]) for c in json.loads(experiments().get(name).read_text())["cells"] if c["cell_type"] == "code"]
+    made = {}
+    exec(cells[0], made)
+    made["store"] = str(tmp_path/"runs")
+    exec(cells[1], made)
+    study = made["study"]
+    assert len(made["trial"].runs) > 1 and not (tmp_path/"runs").exists()
+    asked = study.replace(seeds=1, first_seed=3, epochs=7, subset=500, width=2., alpha=.1)
+    again = made | values_of(asked, name, fixed=("arms",))
+    exec(cells[1], again)
+    assert again["study"] == asked
 
 
 @pytest.mark.skipif(not Path("/usr/share/datasets/fashion-mnist").is_dir(), reason="Debian's dataset-fashion-mnist is not installed")
