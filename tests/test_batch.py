@@ -126,7 +126,7 @@ def processes(cwd, word=""):
     return found
 
 
-WHAT = dict(worker="spawn_main", papermill="rethink_nb.study.carry", kernel="ipykernel_launcher", scheduler="rethink-nb batch")
+WHAT = dict(worker="spawn_main", papermill="rethink_nb.core.notebooks", kernel="ipykernel_launcher", scheduler="rethink-nb batch")
 
 
 def begin(cwd, *args, before=None):
@@ -306,3 +306,17 @@ def test_two_batches_at_once(out, at, monkeypatch):
     assert [p.wait(400) for p in both] == [0, 0], (at/"said.log").read_text()
     assert len((at/"counted").read_text().splitlines()) == 2
     for o in {"batch-two", out}: assert set(statuses(at/o).values()) == {"done"}
+
+
+@pytest.mark.slow
+@pytestmark_proc
+def test_asked_to_stop(at, unbroken):
+    "One line, no traceback, nobody left, and the same command goes on"
+    p = begin(at, before=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) # a test run in the background of a shell ignores it
+    assert until(lambda: list(at.glob("runs/.work/*/progress.json")))
+    p.send_signal(signal.SIGINT)
+    assert p.wait(60) == 130
+    said = (at/"said.log").read_text()
+    assert "interrupted; the same command goes on from here" in said and "Traceback" not in said, said
+    assert nobody_left(at) and batch(at, "two.toml").returncode == 0
+    same(at, unbroken)

@@ -42,7 +42,7 @@ def execute(
     failed.unlink(missing_ok=True) # of an earlier try
     return out
 
-# %% ../../nbs/core/notebooks.ipynb #7dd6ebd2
+# %% ../../nbs/core/notebooks.ipynb #80500a7f
 @contextmanager
 def _told(name:str, part:Path, failed:Path):
     "Within, what ends a notebook is raised as `NotebookError`, and what there is of the notebook is kept"
@@ -50,8 +50,8 @@ def _told(name:str, part:Path, failed:Path):
     from nbclient.exceptions import DeadKernelError
     from papermill import PapermillExecutionError
     try: yield
-    except (PapermillExecutionError, DeadKernelError) as e:
-        os.replace(part, failed)
+    except (PapermillExecutionError, DeadKernelError, RuntimeError) as e: # of the last kind: a kernel that died while it started
+        if part.exists(): os.replace(part, failed)
         kind, said = (e.ename, e.evalue) if isinstance(e, PapermillExecutionError) else ("", "its kernel died: it was killed, or memory ran out")
         raise NotebookError(f"experiment {name}: {kind}{kind and ': '}{said} (see {failed})", kind) from None
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Batch', 'listed']
 
-# %% ../../nbs/study/batch.ipynb #6002ba05
+# %% ../../nbs/study/batch.ipynb #a84171c6
 import os, sys, time
 from contextlib import nullcontext
 from functools import cached_property, partial
@@ -24,13 +24,13 @@ from .estimate import estimate, pace
 from .files import read_studies, study_files
 from .pages import write_results
 from .pool import Bars
-from .carry import finished, carry_out, noted, state_path
-from .status import write_plan
+from .carry import advanced, carry_out, finished, forget, noted
+from .status import under_way, write_plan
 from .store import Store
 from .tasks import Task, overview_task, tasks_of
 from .trial import grouped
 
-# %% ../../nbs/study/batch.ipynb #e2b6169d
+# %% ../../nbs/study/batch.ipynb #1d74cd9c
 class Batch:
     "The notebooks of a study file"
     def __init__(self,
@@ -51,7 +51,7 @@ class Batch:
     @cached_property
     def trials(self) -> list: return grouped(self.file.studies, self.store)
     @property
-    def overview(self) -> Task: return overview_task(self.file.path, self.store.path)
+    def overview(self) -> Task: return overview_task(self.file.title, self.file.studies, self.store.path)
 
 # %% ../../nbs/study/batch.ipynb #1daf5dcb
 @patch
@@ -62,14 +62,14 @@ def graph(self:Batch) -> str:
     after = lambda t: ", ".join(t.needs) or ("all others" if t.name == "overview" else "nothing")
     return "\n".join(f"{t.name:<{width}}  after {after(t)}{f'; {sum(done[r.id] for r in t.runs)} of {len(t.runs)} runs are done' if t.runs else ''}" for t in tasks)
 
-# %% ../../nbs/study/batch.ipynb #bf07a19c
+# %% ../../nbs/study/batch.ipynb #8ea09e25
 @patch
 def forecast(self:Batch,
     places:int=1, # that work at once
 ) -> str:
     "What is left to do, and how long it takes at the pace of this store's finished runs"
     left, each = estimate(self.file.studies, self.store, self.root or None), pace(self.store, [r for t in self.trials for r in t.runs])
-    if not left.runs or not each: return f"{len(self.todo)} of {len(self.tasks)} notebooks, {left} to do"
+    if not (left.runs and each and places): return f"{len(self.todo)} of {len(self.tasks)} notebooks, {left} to do{'' if places else '; there are no workers yet, it waits for some'}"
     return f"{len(self.todo)} of {len(self.tasks)} notebooks, {left} to do: about {_span(each*left.low/places, each*left.high/places)} of training on {places} places"
 
 def _span(low:float, high:float) -> str:
@@ -91,11 +91,11 @@ def _told(path:Path, root) -> str:
     try: f = read_studies(path); return f"{estimate(f.studies, root=root)}: {f.title}"
     except UserError as e: return f"- {e}"
 
-# %% ../../nbs/study/batch.ipynb #6380ebd5
+# %% ../../nbs/study/batch.ipynb #b842c54f
 @patch
-def check(self:Batch):
+def check(self:Batch, device:str):
     "Refuse what cannot be carried out"
-    for t in self.trials: t.check(None, self.device, self.root or None)
+    for t in self.trials: t.check(None, device, self.root or None)
 
 # %% ../../nbs/study/batch.ipynb #27e2e294
 def _check_writable(at:Path):
@@ -124,7 +124,7 @@ class _Bars:
 
 def _took(result:dict) -> str: return f"{result['seconds']:.0f} s  " if result.get("seconds") else ""
 
-# %% ../../nbs/study/batch.ipynb #b1d8e5ee
+# %% ../../nbs/study/batch.ipynb #f4f2e3de
 @patch
 def run(self:Batch,
     workers:int | None=None, # places to work; None: all cores, or all GPUs
@@ -133,19 +133,22 @@ def run(self:Batch,
     progress:bool=True,
 ) -> dict[str, dict]: # how each notebook has ended that was to do
     "Do what is missing"
+    if scheduler and workers is not None: raise UserError(f"{workers} workers with a scheduler: its workers are those that have joined it; leave workers out")
     spots = None if scheduler else places(workers, self.device)
-    self.check()
-    if not (todo := self.todo) and finished(self.out, self.overview, self.store): return {}
-    with local_client(spots) if not scheduler else client_at(scheduler) if isinstance(scheduler, str) else nullcontext(scheduler) as client:
-        for place in (self.store.path, self.out): _check_writable(place)
+    self.check("cpu" if scheduler else self.device) # devices of other machines are not ours to try
+    for place in (self.store.path, self.out): _check_writable(place)
+    with local_client(spots) if not scheduler else client_at(scheduler) if isinstance(scheduler, str) else nullcontext(scheduler) as client, under_way(self.out):
         self.write_plan()
+        if not (todo := self.todo) and finished(self.out, self.overview, self.store): return {}
         if progress: print(self.forecast(sum(client.nthreads().values())), file=sys.stderr)
+        forget(self.out, [*todo, self.overview])
         bars, env = _Bars(self, [*todo, self.overview], progress), dict(RETHINK_NB_PLUGINS=os.pathsep.join(map(str, plugins_loaded()))) if plugins_loaded() else {}
         work = partial(carry_out, out=self.out, timeout=timeout, env=env)
+        carry = lambda tasks: Engine(client, tasks, work, bars.told, advanced, None if scheduler else len(spots)).run(bars.look)
         try:
-            results = Engine(client, todo, work, bars.told).run(bars.look)
-            state_path(self.out, self.overview.name).unlink(missing_ok=True) # there is something new to be seen
-            return results | Engine(client, [self.overview], work, bars.told).run(bars.look)
+            results = carry(todo)
+            forget(self.out, [self.overview]) # there is something new to be seen
+            return results | carry([self.overview])
         finally: bars.bars.close()
 
 # %% ../../nbs/study/batch.ipynb #013dc5d9

@@ -14,15 +14,16 @@ import torch
 from ..core.errors import UserError
 from ..training.device import pick_device
 
-# %% ../../nbs/study/cluster.ipynb #4e55421f
+# %% ../../nbs/study/cluster.ipynb #c179b8de
 def places(
     workers:int | None=None, # how many; None: all cores, or all GPUs
     device:str="auto",
 ) -> list[dict[str, str]]: # what each place has in its environment
-    "The places of this machine"
+    "The places of this machine; cores that this process may use, where it is held to some"
+    from dask.system import CPU_COUNT
     if workers is not None and workers < 1: raise UserError(f"{workers} workers: give at least 1")
     on_gpu = pick_device(device).type == "cuda"
-    seen = _cards() if on_gpu else [""]*(os.cpu_count() or 1)
+    seen = _cards() if on_gpu else [""]*CPU_COUNT
     n = len(seen) if workers is None else workers
     return [dict(CUDA_VISIBLE_DEVICES=seen[i % len(seen)]) if on_gpu else dict(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1") for i in range(n)]
 

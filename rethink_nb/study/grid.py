@@ -178,22 +178,23 @@ def _check_study(s:Study):
     if s.cap is not None and not 1 <= s.cap < float("inf"): raise UserError(f"cap {s.cap}: give a factor of at least 1")
     s.base.check()
 
-# %% ../../nbs/study/grid.ipynb #0701edca
+# %% ../../nbs/study/grid.ipynb #006ed5ab
 def _check_method(s:Study):
     "Refuse what the method cannot do"
     m = methods.get(s.method)
-    if why := m.refuses(s.base): raise UserError(f"{s.method} cannot prune {s.arch}: {why}")
+    parents_only = s.arms == ("parent",) # nothing is pruned, so all that pruning asks for is no matter
+    if not parents_only and (why := m.refuses(s.base)): raise UserError(f"{s.method} cannot prune {s.arch}: {why}")
     adds = callbacks(s.method, **s.training_request(s.levels[0]))
     if not adds and s.pretrained: raise UserError(f"{s.method} takes no part in a training: leave pretrained out")
     if adds: call_all(adds, "prepare", s.base.build()) # what the network has no place for is told now, not after the parents' training
     if not 1 <= s.rounds <= 100: raise UserError(f"{s.rounds} rounds: give 1 to 100")
     if s.rounds > 1 and m.rounds is None: raise UserError(f"{s.method} prunes in one step: leave rounds out")
     if s.rewind < 0 or s.rewind and s.prunes != "tickets": raise UserError(f"rewind {s.rewind}: give a number of steps, with a method that goes back to the start, such as lottery")
-    for a in s.arms:
+    for a in s.arms if not parents_only else ():
         if s.prunes not in arm(a).suits: raise UserError(f"arm {a} does not go with {s.method}: there are {', '.join(n for n, x in arms.items.items() if s.prunes in x.suits)}")
         if s.rounds > 1 and (arm(a).total or arm(a).early): raise UserError(f"arm {a} reckons with one pruning, and leaves out what is trained between {s.rounds} rounds: leave the arm out, or rounds")
         if arm(a).trained: arm(a).parent(s.recipe), arm(a).recipe(s.recipe) # refuse lengths that do not fit
-    for r in s.ratios:
+    for r in s.ratios if not parents_only else ():
         check_ratio(r)
         if r == 0 or s.known and pruned_arch(s.method, s.base, **s.request(r)) == s.base: raise UserError(f"ratio {r} removes nothing from {s.arch}: give a larger one")
 

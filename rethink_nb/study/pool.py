@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['IN_BATCH', 'needs_of', 'ready', 'lost', 'Bars', 'load_all', 'check_methods', 'run_all', 'in_batch', 'n_workers']
 
-# %% ../../nbs/study/pool.ipynb #c97dd659
+# %% ../../nbs/study/pool.ipynb #1f7877d3
 import os, sys
 from collections.abc import Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -13,6 +13,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
 
+import torch
 from tqdm.auto import tqdm
 
 from ..core.errors import Busy, UserError
@@ -110,8 +111,8 @@ def run_all(
     try: return _in_processes(todo, diverged, store, n_workers(workers, device, len(todo)), device, root, bars, not in_batch() if patient is None else patient) if todo else diverged
     finally: bars.close()
 
-# %% ../../nbs/study/pool.ipynb #b7c3e927
-IN_BATCH = "RETHINK_NB_BATCH" # in the environment of a notebook that a batch carries out
+# %% ../../nbs/study/pool.ipynb #27d81a30
+IN_BATCH = "RETHINK_NB_BATCH" # in the environment of a notebook that a batch carries out: a file for what goes wrong
 
 def in_batch() -> bool:
     "Whether a batch gives out the work here"
@@ -125,10 +126,11 @@ def n_workers(workers:int | None, device:str, runs:int) -> int:
     if workers < 1: raise UserError(f"{workers} workers: give at least 1")
     return max(1, min(workers, runs))
 
-# %% ../../nbs/study/pool.ipynb #80c9539e
+# %% ../../nbs/study/pool.ipynb #269462cd
 class _Here:
     "What carries out in this process, and at once, what it is given; as far as it must look like a pool of processes"
     _processes = {}
+    def __init__(self): torch.set_num_threads(1) # as in a worker
     def submit(self, func, *args) -> Future:
         f = Future()
         f.set_result(func(*args))

@@ -156,7 +156,7 @@ def _prune(run:Run, store:Store, data:Data, device:torch.device) -> dict:
     return store.finish(run, p.net, metrics, cost.to_dict(), plan=p.plan, masks=p.masks, said=said,
                         exactness=dict(max_error=verdict.max_error, scale=verdict.scale), device=str(device), data_sha256=data.checksum)
 
-# %% ../../nbs/study/run.ipynb #7b33bffe
+# %% ../../nbs/study/run.ipynb #d5efbd13
 def adopt(
     run:Run, # of kind "given"
     path:str|Path, # where the network lies
@@ -169,6 +169,7 @@ def adopt(
     net, data, device = given_net(path, run.arch), data_of(run.data, root), pick_device(device)
     if weights_digest(net) != run.weights: raise UserError(f"parent {path}: its weights are others than when the study was made (sha256 {run.weights[:12]}): put them back, or make the study anew")
     with store.lock(run), repeatable(device):
+        if store.done(run): return store.record(run.id) # another process was quicker
         metrics, said = judged(net.to(device, memory_format=torch.channels_last), data.to(device), run.recipe.precision)
         store.work(run).mkdir(parents=True, exist_ok=True)
         return store.finish(run, net, metrics, {}, said=said, device=str(device), data_sha256=data.checksum)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Task', 'task_id', 'parent_study', 'parts_of', 'tasks_of', 'overview_task', 'settled']
 
-# %% ../../nbs/study/tasks.ipynb #e9332aec
-import hashlib
+# %% ../../nbs/study/tasks.ipynb #1a8672d4
+import hashlib, re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -52,10 +52,10 @@ def parts_of(s:Study) -> list[Study]:
     of = "prices" if s.prices else "ratios"
     return [s.replace(**{of: (level,)}, seeds=1, first_seed=seed) for level in getattr(s, of) for seed in s.replicates]
 
-# %% ../../nbs/study/tasks.ipynb #72f28b75
+# %% ../../nbs/study/tasks.ipynb #10ebf117
 def _named(what:str, s:Study, more:str) -> str:
     "The name of a notebook: what it does, to which network, on which images"
-    return "-".join(filter(None, [what, s.data, s.arch, more, f"seed{s.first_seed}"]))
+    return re.sub(r"[^\w.+-]", "_", "-".join(filter(None, [what, s.data, s.arch, more, f"seed{s.first_seed}"])))
 
 # %% ../../nbs/study/tasks.ipynb #9b8d0709
 def _parents(studies:Iterable[Study]) -> list[Task]:
@@ -80,7 +80,7 @@ def _apart(tasks:list[Task]) -> list[Task]:
     for t in tasks: names[id(t)] = t.name if often[t.name] == 1 else f"{t.name}-{task_id(t)[:6]}"
     return [Task(names[id(t)], t.experiment, t.values, t.runs, t.needs) for t in tasks]
 
-# %% ../../nbs/study/tasks.ipynb #5d9f1a51
+# %% ../../nbs/study/tasks.ipynb #27627d76
 def tasks_of(
     studies:Iterable[Study],
     **where, # parameters that all get: store, root, device, workers
@@ -88,16 +88,18 @@ def tasks_of(
     "The notebooks that carry studies out, but for the overview"
     studies = list(studies)
     parents = _apart(_parents(studies))
-    tasks = [*parents, *_apart(_trials(studies, parents))]
+    trials = {task_id(t): t for t in _trials(studies, parents)} # two studies may overlap
+    tasks = [*parents, *_apart(list(trials.values()))]
     return [Task(t.name, t.experiment, {**t.values, **where}, t.runs, t.needs) for t in tasks]
 
-# %% ../../nbs/study/tasks.ipynb #2f59faae
+# %% ../../nbs/study/tasks.ipynb #664c56a4
 def overview_task(
-    file, # the study file
-    store, # folder of results
+    title:str,
+    studies:Iterable[Study],
+    store, # folder of results, which has the studies
 ) -> Task:
     "The notebook that comes last"
-    return Task("overview", "overview", dict(store=str(store), file=str(file)))
+    return Task("overview", "overview", dict(store=str(store), title=title, studies=[s.id for s in studies]))
 
 # %% ../../nbs/study/tasks.ipynb #93307b98
 def settled(run:Run, store:Store) -> bool:

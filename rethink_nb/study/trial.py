@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FIGURES', 'Trial', 'stored_trials', 'grouped']
 
-# %% ../../nbs/study/trial.ipynb #698f886f
-import sys
+# %% ../../nbs/study/trial.ipynb #8a9ca140
+import json, os, sys
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
@@ -14,11 +14,12 @@ from pathlib import Path
 from fastcore.basics import patch
 
 from ..core.errors import UserError
+from ..core.files import write_text
 from ..core.imports import nbformat_imported
 from .cells import Cell, runs_of
 from .frames import classes_frame, cost_frame, curve_frame, spent_frame, trial_frame, widths_frame
 from .grid import Study, comparisons, scales
-from .pool import check_methods, in_batch, load_all, n_workers, run_all
+from .pool import IN_BATCH, check_methods, in_batch, load_all, n_workers, run_all
 from .run import adopt
 from .store import Store
 
@@ -58,7 +59,7 @@ def check(self:Trial, workers:int | None=None, device:str="auto", root=None):
     check_methods(self.todo)
     load_all(self.runs, self.store, root)
 
-# %% ../../nbs/study/trial.ipynb #bd2c8b6f
+# %% ../../nbs/study/trial.ipynb #6f01dc3b
 @patch
 def run(self:Trial, workers:int | None=None, device:str="auto", root=None, progress:bool=True) -> Trial:
     "Do what is missing; runs that failed or diverged are told on stderr, the rest goes on"
@@ -66,13 +67,19 @@ def run(self:Trial, workers:int | None=None, device:str="auto", root=None, progr
     for s in self.studies:
         if s.parent: adopt(s.parent_run(0), s.parent, self.store, device, root)
     for s in self.studies if not in_batch() else (): s.write(self.store/"studies"/f"{s.id}.json") # a batch has written the whole of which this is a part
-    for line in run_all(self.runs, self.store, workers, device, root, progress).values(): print(f"without a result: {line}", file=sys.stderr)
+    errors = run_all(self.runs, self.store, workers, device, root, progress)
+    for line in errors.values(): print(f"without a result: {line}", file=sys.stderr)
+    if in_batch(): write_text(os.environ[IN_BATCH], json.dumps(errors))
     return self
 
-# %% ../../nbs/study/trial.ipynb #3fb07f1a
-def stored_trials(store:Store) -> list[Trial]:
-    "All studies that were carried out in a store, those of one scale, margin and alpha together"
-    paths, studies, left_out = sorted((store/"studies").glob("*.json")), [], []
+# %% ../../nbs/study/trial.ipynb #00ce58d4
+def stored_trials(
+    store:Store,
+    ids:Iterable[str] | None=None, # of studies; none at all: all that were carried out there, if there are any; None: all, and a store without a study is refused
+) -> list[Trial]:
+    "Studies that were carried out in a store, those of one scale, margin and alpha together"
+    paths, studies, left_out = [store/"studies"/f"{id}.json" for id in ids or ()] or sorted((store/"studies").glob("*.json")), [], []
+    if not paths and ids is not None: return []
     if not paths: raise UserError(f"{store.path} holds no study: give the folder that was named when the runs were made")
     for path in paths:
         try: studies.append(Study.read(path))
