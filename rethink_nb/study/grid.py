@@ -31,7 +31,7 @@ from ..training.device import best_precision, pick_device
 from ..training.recipe import Recipe, has_recipe, recipes
 from ..training.recipe import recipe as recipe_of
 
-# %% ../../nbs/study/grid.ipynb #effeef38
+# %% ../../nbs/study/grid.ipynb #5483b1f6
 @dataclass(frozen=True)
 class Scale:
     "How much a study can say"
@@ -44,7 +44,7 @@ scales = {
     "paper": Scale(.3, "The paper's recipes."),
     "imagenet": Scale(.3, "The paper's recipes on ImageNet."),
 }
-_SCALE = {"digits": "smoke", "fashion-mnist": "pocket", "cifar10": "paper", "cifar100": "paper"}
+_SCALE = {"digits": "smoke", "digits-low": "smoke", "digits-high": "smoke", "fashion-mnist": "pocket", "cifar10": "paper", "cifar100": "paper"}
 COMPARISONS = (("scratch-e", "fine-tune"), ("scratch-b", "fine-tune"), ("scratch-e", "fine-tune-large"), ("scratch-b", "fine-tune-large"), ("scratch-b", "lr-rewind"), ("scratch-b", "weight-rewind"),
                ("scratch-e-total", "fine-tune-large"), ("scratch-b-total", "fine-tune-large"), ("scratch-e", "pipeline-e"), ("scratch-b", "pipeline-b"), ("random-channels", "fine-tune"),
                ("shuffled-mask", "fine-tune"), ("random-ticket", "ticket"), ("scratch-b", "ticket"), ("ticket", "parent"))

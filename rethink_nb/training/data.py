@@ -155,8 +155,21 @@ def read_digits(root=None, download:bool=False) -> tuple[Split, Split]: # 1,200 
     test, train = pick(everyone.labels, 597, seed=0) # a constant: the test images never move
     return everyone.take(train), everyone.take(test)
 
-# %% ../../nbs/training/data.ipynb #9739f1d6
-datasets.register("digits", Source(read_digits, classes=10, input=(1, 8, 8), val=200, pad=0, flip=False, images=1_200)) # [ours]
+# %% ../../nbs/training/data.ipynb #dd266d03
+_digits = partial(Source, input=(1, 8, 8), pad=0, flip=False) # [ours]
+datasets.register("digits", _digits(read_digits, classes=10, val=200, images=1_200))
+
+# %% ../../nbs/training/data.ipynb #977da82d
+def _half(
+    first:int, # of its five digits
+    root=None, download:bool=False
+) -> tuple[Split, Split]:
+    "The training and the test images of five digits"
+    ours = [(s, (s.labels >= first) & (s.labels < first + 5)) for s in read_digits()]
+    return tuple(Split(s.images[at], s.labels[at] - first) for s, at in ours)
+
+datasets.register("digits-low", _digits(partial(_half, 0), classes=5, val=100, images=602))
+datasets.register("digits-high", _digits(partial(_half, 5), classes=5, val=100, images=598))
 
 # %% ../../nbs/training/data.ipynb #7b97f7ad
 def bases(root=None) -> list[Path]: # the first is where a download goes

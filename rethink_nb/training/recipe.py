@@ -154,8 +154,8 @@ _enter("digits", "[ours] the shape of cifar",
     epochs=12, # about a second
     lr=.05, batch=32) # 1,000 images: 32 steps an epoch
 
-# %% ../../nbs/training/recipe.ipynb #6b3de18d
-_KIND = {"cifar10": "cifar", "cifar100": "cifar"}
+# %% ../../nbs/training/recipe.ipynb #dea031e7
+_KIND = {"cifar10": "cifar", "cifar100": "cifar", "digits-low": "digits", "digits-high": "digits"}
 
 def recipe(
     name:str, # a recipe ("cifar") or a data set ("cifar10")
