@@ -255,7 +255,7 @@ def demo(
     print(f"{time.time() - began:.0f} s")
     return code
 
-# %% ../nbs/cli.ipynb #9d740032
+# %% ../nbs/cli.ipynb #1c9368a4
 @command
 @call_parse
 def batch(
@@ -279,7 +279,8 @@ def batch(
     if dry_run: print(b.graph(), b.forecast(), sep="\n\n"); return None
     results = b.run(workers or None, scheduler, 60*timeout or None)
     bad = [f"{name}: {r['status']}: {r['error']}" for name, r in results.items() if r["status"] != "done"]
-    print(*(t.summary() for t in b.trials), "\n".join(f"{what:<9} {path}" for what, path in {**b.write_report(), "notebooks": b.out, "store": b.store.path}.items()), sep="\n\n")
+    made = b.write_report() if b.some_done else {}
+    print(*(t.summary() for t in b.trials if made), "\n".join(f"{what:<9} {path}" for what, path in {**made, "notebooks": b.out, "store": b.store.path}.items()), sep="\n\n")
     if bad: print(f"\n{len(bad)} of {len(results)} notebooks have no result; the same command tries them again", *bad, sep="\n", file=sys.stderr)
     return 1 if bad else None
 

@@ -133,7 +133,7 @@ def begin(cwd, *args, before=None):
     "A batch in the background"
     env = {**os.environ, "PYTHONPATH": str(ROOT), "NO_COLOR": "1"}
     with open(cwd/"said.log", "ab") as said:
-        return subprocess.Popen([Path(sys.executable).parent/"rethink-nb", "batch", "two.toml", "--device", "cpu", "--workers", "2", *args], cwd=cwd, env=env, stdout=said, stderr=said, preexec_fn=before)
+        return subprocess.Popen([Path(sys.executable).parent/"rethink-nb", "batch", "two.toml", "--device", "cpu", *([] if "--scheduler" in args else ["--workers", "2"]), *args], cwd=cwd, env=env, stdout=said, stderr=said, preexec_fn=before)
 
 
 def until(ready, seconds=120):

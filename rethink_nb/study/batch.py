@@ -124,7 +124,7 @@ class _Bars:
 
 def _took(result:dict) -> str: return f"{result['seconds']:.0f} s  " if result.get("seconds") else ""
 
-# %% ../../nbs/study/batch.ipynb #f4f2e3de
+# %% ../../nbs/study/batch.ipynb #750d46c9
 @patch
 def run(self:Batch,
     workers:int | None=None, # places to work; None: all cores, or all GPUs
@@ -137,9 +137,9 @@ def run(self:Batch,
     spots = None if scheduler else places(workers, self.device)
     self.check("cpu" if scheduler else self.device) # devices of other machines are not ours to try
     for place in (self.store.path, self.out): _check_writable(place)
+    self.write_plan()
+    if not (todo := self.todo) and finished(self.out, self.overview, self.store): return {}
     with local_client(spots) if not scheduler else client_at(scheduler) if isinstance(scheduler, str) else nullcontext(scheduler) as client, under_way(self.out):
-        self.write_plan()
-        if not (todo := self.todo) and finished(self.out, self.overview, self.store): return {}
         if progress: print(self.forecast(sum(client.nthreads().values())), file=sys.stderr)
         forget(self.out, [*todo, self.overview])
         bars, env = _Bars(self, [*todo, self.overview], progress), dict(RETHINK_NB_PLUGINS=os.pathsep.join(map(str, plugins_loaded()))) if plugins_loaded() else {}
@@ -147,9 +147,16 @@ def run(self:Batch,
         carry = lambda tasks: Engine(client, tasks, work, bars.told, advanced, None if scheduler else len(spots)).run(bars.look)
         try:
             results = carry(todo)
+            if not self.some_done: return results # nothing to be seen
             forget(self.out, [self.overview]) # there is something new to be seen
             return results | carry([self.overview])
         finally: bars.bars.close()
+
+# %% ../../nbs/study/batch.ipynb #6bc052b8
+@patch(as_prop=True)
+def some_done(self:Batch) -> bool:
+    "Whether there is anything to report"
+    return any(self.store.done(r) for t in self.trials for r in t.runs)
 
 # %% ../../nbs/study/batch.ipynb #013dc5d9
 @patch
