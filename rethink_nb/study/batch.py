@@ -124,7 +124,7 @@ class _Bars:
 
 def _took(result:dict) -> str: return f"{result['seconds']:.0f} s  " if result.get("seconds") else ""
 
-# %% ../../nbs/study/batch.ipynb #750d46c9
+# %% ../../nbs/study/batch.ipynb #e9a1ca6e
 @patch
 def run(self:Batch,
     workers:int | None=None, # places to work; None: all cores, or all GPUs
@@ -137,9 +137,11 @@ def run(self:Batch,
     spots = None if scheduler else places(workers, self.device)
     self.check("cpu" if scheduler else self.device) # devices of other machines are not ours to try
     for place in (self.store.path, self.out): _check_writable(place)
-    self.write_plan()
-    if not (todo := self.todo) and finished(self.out, self.overview, self.store): return {}
+    if not (todo := self.todo) and finished(self.out, self.overview, self.store):
+        self.write_plan() # of a file that asks for less than before, say
+        return {}
     with local_client(spots) if not scheduler else client_at(scheduler) if isinstance(scheduler, str) else nullcontext(scheduler) as client, under_way(self.out):
+        self.write_plan()
         if progress: print(self.forecast(sum(client.nthreads().values())), file=sys.stderr)
         forget(self.out, [*todo, self.overview])
         bars, env = _Bars(self, [*todo, self.overview], progress), dict(RETHINK_NB_PLUGINS=os.pathsep.join(map(str, plugins_loaded()))) if plugins_loaded() else {}
