@@ -5,19 +5,19 @@
 # %% auto #0
 __all__ = ['module_cost', 'Count', 'count']
 
-# %% ../../nbs/arch/count.ipynb #13051ec2
+# %% ../../nbs/arch/count.ipynb #c1617fe0
 from dataclasses import dataclass
 
 import torch
 from fastcore.basics import patch
 from torch import nn
 
-from .shapes import ShapesOnly
+from .shapes import ShapesOnly, pair
 from .spec import Arch, per_arch
 from ..core.errors import UserError
 from ..core.mode import evaluating
 
-# %% ../../nbs/arch/count.ipynb #3afa6fe2
+# %% ../../nbs/arch/count.ipynb #d54f5142
 def module_cost(m:nn.Module, x:torch.Tensor, y:torch.Tensor) -> tuple[int, int, int]:
     "(MACs, reference FLOPs, non-zero MACs) of `y = m(x)`, for the whole batch"
     n, out, macs, live = y.shape[0], y.numel(), 0, 0
@@ -29,11 +29,8 @@ def module_cost(m:nn.Module, x:torch.Tensor, y:torch.Tensor) -> tuple[int, int, 
         return macs, 2*macs + (out if isinstance(m, nn.Linear) or m.bias is not None else 0), live
     if isinstance(m, nn.BatchNorm2d): return 0, 2*x.numel(), 0
     if isinstance(m, nn.ReLU): return 0, x.numel(), 0
-    if isinstance(m, (nn.MaxPool2d, nn.AvgPool2d)): return 0, out*torch.Size(_pair(m.kernel_size)).numel(), 0
+    if isinstance(m, (nn.MaxPool2d, nn.AvgPool2d)): return 0, out*torch.Size(pair(m.kernel_size)).numel(), 0
     return 0, 0, 0
-
-# %% ../../nbs/arch/count.ipynb #6a71e0f1
-def _pair(k) -> tuple[int, int]: return (k, k) if isinstance(k, int) else tuple(k)
 
 # %% ../../nbs/arch/count.ipynb #0ef62f54
 @dataclass(frozen=True)

@@ -80,7 +80,7 @@ def main():
     try: execute(asked["source"], asked["out"], asked["values"], asked["part"])
     except (UserError, OSError) as e: Path(asked["told"]).write_text(json.dumps([str(e), getattr(e, "kind", type(e).__name__)]))
 
-# %% ../../nbs/core/notebooks.ipynb #9f7b7adb
+# %% ../../nbs/core/notebooks.ipynb #e35dc578
 def execute_apart(
     source, # a notebook
     out, # the executed one
@@ -97,7 +97,6 @@ def execute_apart(
         with open(log, "wb") as said, _started(asked, said, env) as p:
             try: code = p.wait(timeout)
             except subprocess.TimeoutExpired: code = None
-            finally: p.kill(), p.wait()
         if part.exists(): os.replace(part, out.with_suffix(".failed.ipynb"))
         if told.is_file(): raise NotebookError(*json.loads(told.read_text()))
         if code is None: raise NotebookError(f"it took longer than {timeout:g} s", "TimeoutError")

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Batch', 'listed']
 
-# %% ../../nbs/study/batch.ipynb #a84171c6
-import os, sys, time
+# %% ../../nbs/study/batch.ipynb #3895ea1a
+import sys, time
 from contextlib import nullcontext
 from functools import cached_property, partial
 from pathlib import Path
@@ -17,10 +17,10 @@ from tqdm.auto import tqdm
 
 from ..core.errors import UserError
 from ..core.files import folder
-from ..methods.plugins import plugins_loaded
+from ..methods.plugins import plugins_environment
 from .cluster import client_at, local_client, places
 from .engine import Engine
-from .estimate import estimate, pace
+from .estimate import estimate, in_words, pace
 from .files import read_studies, study_files
 from .pages import write_results
 from .pool import Bars
@@ -62,7 +62,7 @@ def graph(self:Batch) -> str:
     after = lambda t: ", ".join(t.needs) or ("all others" if t.name == "overview" else "nothing")
     return "\n".join(f"{t.name:<{width}}  after {after(t)}{f'; {sum(done[r.id] for r in t.runs)} of {len(t.runs)} runs are done' if t.runs else ''}" for t in tasks)
 
-# %% ../../nbs/study/batch.ipynb #8ea09e25
+# %% ../../nbs/study/batch.ipynb #88387632
 @patch
 def forecast(self:Batch,
     places:int=1, # that work at once
@@ -70,12 +70,7 @@ def forecast(self:Batch,
     "What is left to do, and how long it takes at the pace of this store's finished runs"
     left, each = estimate(self.file.studies, self.store, self.root or None), pace(self.store, [r for t in self.trials for r in t.runs])
     if not (left.runs and each and places): return f"{len(self.todo)} of {len(self.tasks)} notebooks, {left} to do{'' if places else '; there are no workers yet, it waits for some'}"
-    return f"{len(self.todo)} of {len(self.tasks)} notebooks, {left} to do: about {_span(each*left.low/places, each*left.high/places)} of training on {places} places"
-
-def _span(low:float, high:float) -> str:
-    "Seconds in words, from and to"
-    unit, name = (3600, "h") if high >= 5400 else (60, "min") if high >= 90 else (1, "s")
-    return f"{low/unit:.2g} to {high/unit:.2g} {name}" if f"{low/unit:.2g}" != f"{high/unit:.2g}" else f"{high/unit:.2g} {name}"
+    return f"{len(self.todo)} of {len(self.tasks)} notebooks, {left} to do: about {in_words(each*left.low/places, each*left.high/places)} of training on {places} places"
 
 # %% ../../nbs/study/batch.ipynb #5c3be314
 def listed(
@@ -124,7 +119,7 @@ class _Bars:
 
 def _took(result:dict) -> str: return f"{result['seconds']:.0f} s  " if result.get("seconds") else ""
 
-# %% ../../nbs/study/batch.ipynb #e9a1ca6e
+# %% ../../nbs/study/batch.ipynb #829d9be3
 @patch
 def run(self:Batch,
     workers:int | None=None, # places to work; None: all cores, or all GPUs
@@ -144,7 +139,7 @@ def run(self:Batch,
         self.write_plan()
         if progress: print(self.forecast(sum(client.nthreads().values())), file=sys.stderr)
         forget(self.out, [*todo, self.overview])
-        bars, env = _Bars(self, [*todo, self.overview], progress), dict(RETHINK_NB_PLUGINS=os.pathsep.join(map(str, plugins_loaded()))) if plugins_loaded() else {}
+        bars, env = _Bars(self, [*todo, self.overview], progress), plugins_environment()
         work = partial(carry_out, out=self.out, timeout=timeout, env=env)
         carry = lambda tasks: Engine(client, tasks, work, bars.told, advanced, None if scheduler else len(spots)).run(bars.look)
         try:

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['StudyFile', 'keys', 'study_files', 'find_file', 'read_studies']
 
-# %% ../../nbs/study/files.ipynb #52fcd5b2
+# %% ../../nbs/study/files.ipynb #0ecfd317
 import re, tomllib
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import cache
 from itertools import product
 from pathlib import Path
 
@@ -34,7 +35,8 @@ def keys() -> list[str]:
     own = {v: k for k, v in _NAMES.items()}
     return [own.get(f, f) for f in Study.__struct_fields__ if f != "parent_sha256"]
 
-# %% ../../nbs/study/files.ipynb #218cef1e
+# %% ../../nbs/study/files.ipynb #f0f210ef
+@cache
 def study_files() -> Registry:
     "The files that ship with the package, by name"
     found = Registry("study file", "or give the path of a .toml file")

@@ -6,9 +6,10 @@
 __all__ = ['experiments_folder', 'experiments', 'experiment_path', 'parameters', 'run_notebook', 'checked', 'values_of',
            'experiment_of']
 
-# %% ../../nbs/study/notebook.ipynb #5963ff55
+# %% ../../nbs/study/notebook.ipynb #5209f2ed
 import json, logging
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 
 from msgspec import to_builtins
@@ -26,7 +27,8 @@ def experiments_folder() -> Path:
     package = Path(rethink_nb.__file__).parent
     return next((p for p in (package/"experiments", package.parent/"nbs"/"experiments") if p.is_dir()), package)
 
-# %% ../../nbs/study/notebook.ipynb #c3644766
+# %% ../../nbs/study/notebook.ipynb #2f0c7cff
+@cache # every registry is remembered, for plugins
 def experiments() -> Registry:
     "Experiment notebooks by name"
     found = Registry("experiment")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['write_plan', 'read_plan', 'state_of', 'status_frame', 'summary', 'report', 'under_way', 'still_running', 'latest']
 
-# %% ../../nbs/study/status.ipynb #6de3aef5
+# %% ../../nbs/study/status.ipynb #0726056b
 import json, time
 from collections import Counter
 from contextlib import contextmanager
@@ -17,6 +17,7 @@ from ..core.errors import UserError
 from ..core.files import write_text
 from ..core.record import read_json
 from .carry import read_state, task_lock
+from .estimate import in_words
 from .store import Store
 from .tasks import Task, task_id
 
@@ -90,13 +91,13 @@ def summary(frame) -> str: # of `status_frame`
     words = ", ".join(f"{n[k]} {k}" for k in ("done", "running", "failed", "killed", "skipped", "waiting") if n[k])
     return f"{words} of {len(frame)} notebooks{_left(frame)}"
 
-# %% ../../nbs/study/status.ipynb #130fa19b
+# %% ../../nbs/study/status.ipynb #4f8248bf
 def _left(frame) -> str:
     "About how long, at the pace of the finished notebooks and with as many at once as there are now"
     took, now, to_come = frame[frame.status == "done"].seconds.mean(), frame[frame.status == "running"], (frame.status == "waiting").sum()
     if took != took or now.empty: return ""
     left = (to_come*took + (took - now.seconds).clip(lower=0).sum())/len(now)
-    return f"; about {left/60:.0f} min left" if left >= 90 else f"; about {left:.0f} s left"
+    return f"; about {in_words(left)} left"
 
 # %% ../../nbs/study/status.ipynb #a17198fa
 def report(
