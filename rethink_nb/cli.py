@@ -284,20 +284,24 @@ def batch(
     if bad: print(f"\n{len(bad)} of {len(results)} notebooks have no result; the same command tries them again", *bad, sep="\n", file=sys.stderr)
     return 1 if bad else None
 
-# %% ../nbs/cli.ipynb #4899e79b
+# %% ../nbs/cli.ipynb #c7eecf28
 @command
 @call_parse
 def status(
-    out:Param("folder of a batch; the one that was begun last, of those here, where it is left out", str, opt=False, nargs="?")="",
+    out:Param("folder of a batch, or of results; the batch that was begun last, of those here, where it is left out", str, opt=False, nargs="?")="",
     watch:bool=False, # look again every two seconds, till nothing runs
 ):
-    "Show how a batch is doing: done, running, failed, waiting, time left, and the last error of each failure"
-    from rethink_nb.study.status import latest, report, still_running
+    "Show how a batch, or a folder of results, is doing: done, running, failed, waiting, time left, and the last error of each failure"
+    from rethink_nb.study.standing import at_work, standing
+    from rethink_nb.study.status import is_batch, latest, report, still_running
+    from rethink_nb.study.store import Store
     at = Path(out) if out else latest(".")
-    print(report(at))
-    while watch and still_running(at):
+    if not at.is_dir(): raise UserError(f"{at}: no such folder")
+    told, going = (lambda: report(at), lambda: still_running(at)) if is_batch(at) else (lambda: standing(Store(at)), lambda: at_work(Store(at)))
+    print(told())
+    while watch and going():
         time.sleep(2)
-        print("\033[H\033[J" if sys.stdout.isatty() else "", report(at), sep="")
+        print("\033[H\033[J" if sys.stdout.isatty() else "", told(), sep="")
 
 # %% ../nbs/cli.ipynb #08a580bf
 @command

@@ -9,7 +9,7 @@ from rethink_nb.core.errors import UserError
 from rethink_nb.study.notebook import experiments, run_notebook, values_of
 
 
-CONTROLLED = {"trial": "n=3+3", "straight_after": "n=3 pairs", "precision": "3 pairs", "cross": "n=3 pairs", "retraining": "n=2+2", "transfer": "n=2+2", "l1": "n=2+2", "thinet": "n=2+2", "regression": "n=2+2", "soft_filter": "n=2+2",
+CONTROLLED = {"trial": "n=3+3", "straight_after": "n=3 pairs", "precision": "3 pairs", "cross": "n=3 pairs", "retraining": "n=2+2", "transfer": "n=2+2", "detection": "n=2+2", "l1": "n=2+2", "thinet": "n=2+2", "regression": "n=2+2", "soft_filter": "n=2+2",
               "slimming": "n=2 pairs", "sss": "n=2 pairs", "magnitude": "n=2 pairs", "lottery": "n=2 pairs", "guided": "n=2 pairs"} # compare arms, so many times
 SAID = {**{k: (v, "95% intervals") for k, v in CONTROLLED.items()}, "parent": ("2 of 2 parents are trained",), "overview": ("holds no study yet",)}
 

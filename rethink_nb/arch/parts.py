@@ -159,7 +159,7 @@ def normed(
     "Whether a batch norm is over what is selected or over everything"
     return {"whole" if after else "norms": (norm,)}
 
-# %% ../../nbs/arch/parts.ipynb #98a80e51
+# %% ../../nbs/arch/parts.ipynb #cbda267f
 class ReadingNet(nn.Module):
     "The common part of networks with batch norm first: a convolution, the modules named in `stages`, the classifier"
     scattered = False # whether a module `scatter` stands behind the convolution
@@ -176,12 +176,16 @@ class ReadingNet(nn.Module):
 
     init_ = init_
 
-    def forward(self, x:torch.Tensor) -> torch.Tensor:
-        "Images (N,C,H,W) to logits (N,classes)"
+    def maps(self, x:torch.Tensor) -> torch.Tensor:
+        "Images (N,C,H,W) of any size to the maps that the classifier takes means of"
         x = self.conv(x)
         if self.scattered: x = self.scatter(x)
         for name in self.stages: x = self.get_submodule(name)(x)
-        return self.fc(self.pool(self.relu(self.read(x, self.bn))).flatten(1))
+        return self.relu(self.read(x, self.bn))
+
+    def forward(self, x:torch.Tensor) -> torch.Tensor:
+        "Images (N,C,H,W) to logits (N,classes)"
+        return self.fc(self.pool(self.maps(x)).flatten(1))
 
 # %% ../../nbs/arch/parts.ipynb #7efb9eda
 class Rest(nn.Module):

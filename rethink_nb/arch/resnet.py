@@ -142,7 +142,7 @@ class Block(nn.Module):
         if self.rest: return self.relu(short + self.rest(x))
         return self.relu(short) if self.shortcut else x
 
-# %% ../../nbs/arch/resnet.ipynb #ac69fc1d
+# %% ../../nbs/arch/resnet.ipynb #d0e7b224
 class Net(nn.Module):
     "The network of a ResNet `Arch`"
     def __init__(self, arch:Arch):
@@ -159,9 +159,13 @@ class Net(nn.Module):
 
     init_ = init_
 
-    def forward(self, x:torch.Tensor) -> torch.Tensor:
-        "Images (N,C,H,W) to logits (N,classes)"
+    def maps(self, x:torch.Tensor) -> torch.Tensor:
+        "Images (N,C,H,W) of any size to the maps that the classifier takes means of"
         x = self.bn(self.conv(x))
         x = self.relu(self.scatter(x) if self.scatter else x)
         for name in self.stages: x = self.get_submodule(name)(x)
-        return self.fc(self.pool(x).flatten(1))
+        return x
+
+    def forward(self, x:torch.Tensor) -> torch.Tensor:
+        "Images (N,C,H,W) to logits (N,classes)"
+        return self.fc(self.pool(self.maps(x)).flatten(1))

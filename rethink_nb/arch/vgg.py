@@ -55,7 +55,7 @@ def _head(arch:Arch) -> nn.Sequential:
     if head == "linear": return named(fc=Linear(width, arch.classes))
     return named(fc1=Linear(width, 512), bn=nn.BatchNorm1d(512), relu=nn.ReLU(inplace=True), fc2=Linear(512, arch.classes))
 
-# %% ../../nbs/arch/vgg.ipynb #61c73446
+# %% ../../nbs/arch/vgg.ipynb #e02d5221
 class Net(nn.Module):
     "The network of a VGG `Arch`"
     def __init__(self, arch:Arch):
@@ -69,6 +69,10 @@ class Net(nn.Module):
             elif isinstance(m, nn.BatchNorm2d): nn.init.constant_(m.weight, self.arch.switches.bn_init)
             elif isinstance(m, nn.Linear): nn.init.normal_(m.weight, 0, .01); nn.init.zeros_(m.bias)
 
+    def maps(self, x:torch.Tensor) -> torch.Tensor:
+        "Images (N,C,H,W) of any size to the maps that the classifier takes means of"
+        return self.features(x)
+
     def forward(self, x:torch.Tensor) -> torch.Tensor:
         "Images (N,C,H,W) to logits (N,classes)"
-        return self.head(F.adaptive_avg_pool2d(self.features(x), 1).flatten(1))
+        return self.head(F.adaptive_avg_pool2d(self.maps(x), 1).flatten(1))

@@ -52,11 +52,11 @@ pio.templates["rethink"] = go.layout.Template(layout=dict(
     legend=dict(groupclick="togglegroup", tracegroupgap=2),
     hoverlabel=dict(align="left", bgcolor="white", font=dict(size=13))))
 
-# %% ../../nbs/report/figures.ipynb #f64b6ea1
+# %% ../../nbs/report/figures.ipynb #9f5902fa
 _along = dict(epoch="epoch", macs="MACs of this training", seconds="seconds of this training")  # of a curve
 _words = {"macs": "MACs", "params": "parameters",
           "total_macs": "MACs from nothing", "lr": "learning rate",
-          "val_acc": "validation accuracy, %", "test_acc": "test accuracy, %", "train_acc": "training accuracy, %",
+          "val_acc": "validation accuracy, %", "test_acc": "test accuracy, %", "train_acc": "training accuracy, %", "map50": "mean average precision at half overlap, %",
           "val_loss": "validation loss", "test_loss": "test loss", "train_loss": "training loss"}
 
 # %% ../../nbs/report/figures.ipynb #81c27d17

@@ -31,14 +31,15 @@ def arm_order(arms):
 _keys = ["data", "network", "method", "ratio", "arm"]
 _costs = ["params", "macs", "train_macs", "total_macs", "epochs"]
 
-# %% ../../nbs/report/tables.ipynb #49a087e8
+# %% ../../nbs/report/tables.ipynb #804953cb
 def trial_table(frame, # the trial frame
                 alpha=.05, # the interval covers 1-alpha
+                value="test_acc", # the column that counts
                ):
     "A row per network, method, ratio and arm, parent first: accuracy with its interval, size, costs (means over the runs), and how many runs have diverged or failed"
     if not frame.status.isin(["done", "diverged", "failed"]).any(): raise UserError("no finished run to put into a table")
     costs = done(frame).groupby(_keys, sort=False)[_costs].mean().reset_index()
-    table = summary(frame, _keys, alpha=alpha).merge(costs, on=_keys).merge(_lost(frame), on=_keys, how="outer")
+    table = summary(frame, _keys, value, alpha).merge(costs, on=_keys).merge(_lost(frame), on=_keys, how="outer")
     table = table.assign(n=table.n.fillna(0).astype(int))
     return in_order(table[table.n + table.diverged + table.failed > 0])
 
@@ -70,15 +71,16 @@ def human(x, # a count, such as parameters or MACs
     digits = f"{x / 1000**power:.3g}" if power else f"{x:.0f}"
     return f"{digits} {' kMGTP'[power]}".strip()
 
-# %% ../../nbs/report/tables.ipynb #e08d234f
+# %% ../../nbs/report/tables.ipynb #2e6f4ba0
 def shown(table, # of `trial_table`
+          value="acc %", # what is in it
          ):
     "The table in short words and human units, all text"
     def fixed(x, digits=2): return "-" if pd.isna(x) else f"{x:.{digits}f}"
     span = ["-" if pd.isna(lo) else f"[{lo:.2f}, {hi:.2f}]" for lo, hi in zip(table.lo, table.hi)]
     return pd.DataFrame({
         "network": table.network, "data": table["data"], "method": table.method, "removed": table.ratio.map(level_words),
-        "arm": table.arm, "acc %": table["mean"].map(fixed), "sd": table.sd.map(fixed), "n": [str(n) + (f" ({', '.join(f'{k} {w}' for k, w in ((d, 'diverged'), (f, 'failed')) if k)})" if d or f else "") for n, d, f in zip(table.n, table.diverged, table.failed)], "interval": span,
+        "arm": table.arm, value: table["mean"].map(fixed), "sd": table.sd.map(fixed), "n": [str(n) + (f" ({', '.join(f'{k} {w}' for k, w in ((d, 'diverged'), (f, 'failed')) if k)})" if d or f else "") for n, d, f in zip(table.n, table.diverged, table.failed)], "interval": span,
         "params": table.params.map(human), "MACs": table.macs.map(human), "train": table.train_macs.map(human),
         "from zero": table.total_macs.map(human), "epochs": table.epochs.map(lambda e: "-" if pd.isna(e) else f"{e:.3g}")})
 

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['data_of', 'check_data', 'execute', 'held', 'subject_of', 'recipe_of', 'asked_of', 'adopt', 'start_worker', 'work']
 
-# %% ../../nbs/study/run.ipynb #8c487851
+# %% ../../nbs/study/run.ipynb #d6e9fca8
 import json, os, signal, threading
+from collections.abc import Callable
 from contextlib import contextmanager
 from functools import lru_cache
 from multiprocessing import connection, parent_process
@@ -24,6 +25,7 @@ from ..core.signals import Stopped
 from ..methods.all import methods
 from ..methods.base import callbacks, images_wanted, prune
 from ..methods.sparse import StayZero
+from .detector import detect
 from .given import given_net, weights_digest
 from .step import DataRef, Run
 from .store import Store
@@ -34,20 +36,22 @@ from ..training.device import Meter, pick_device, repeatable
 from ..training.ledger import epoch_steps
 from ..training.loop import Diverged, train
 from ..training.recipe import Recipe, scratch_b
+from ..training.scenes import Scenes, load_scenes, scene_sets
 from ..training.scores import judged
 
-# %% ../../nbs/study/run.ipynb #7df935a9
+# %% ../../nbs/study/run.ipynb #3be7b055
 @lru_cache(maxsize=2)
-def data_of(ref:DataRef, root) -> Data:
+def data_of(ref:DataRef, root) -> Data | Scenes:
+    if ref.name in scene_sets: return load_scenes(ref.name, root=root, subset=ref.subset)
     return load_data(ref.name, root=root, subset=ref.subset, val=ref.val)
 
-# %% ../../nbs/study/run.ipynb #1721630f
-def check_data(run:Run, store:Store, data:Data):
+# %% ../../nbs/study/run.ipynb #64e8ed03
+def check_data(run:Run, store:Store, data:Data | Scenes):
     "Refuse to go on from a run that has seen other images"
     seen = (store.record(run.id) or {}).get("data_sha256", data.checksum)
     if seen != data.checksum: raise UserError(f"{data.name} has changed since run {run.id} was made (sha256 {data.checksum[:12]}, then {seen[:12]}): put the old images back, or take another store")
 
-# %% ../../nbs/study/run.ipynb #a16fcaf7
+# %% ../../nbs/study/run.ipynb #c8d60010
 def execute(
     run:Run,
     store:Store,
@@ -62,10 +66,11 @@ def execute(
         before = execute(needed, store, device, root, patience)
         if before["status"] != "done": return dict(id=run.id, status="failed", error=f"it starts from {needed.id}, which {before['status']}: {before['error']}")
     data, device = data_of(run.data, root), pick_device(device)
-    for needed in run.befores(): check_data(needed, store, data)
+    for needed in run.befores(): check_data(needed, store, data_of(needed.data, root))
     with held(store.lock(run), run, patience), repeatable(device):
         if store.ended(run): return store.record(run.id) # another process was quicker
         store.work(run).mkdir(parents=True, exist_ok=True)
+        if run.kind == "detect": return detect(run, store, data, data_of(run.start.data, root), str(device), _teller(run, run.recipe, store.work(run)))
         return (_train if run.kind == "train" else _prune)(run, store, data, device)
 
 # %% ../../nbs/study/run.ipynb #d2d2467e
@@ -105,18 +110,22 @@ def recipe_of(run:Run, store:Store) -> Recipe:
     saved = parent.flops/found["flops"] if run.budget == "flops" else parent.macs/found[run.budget]
     return scratch_b(run.recipe, saved, run.cap, run.extra)
 
-# %% ../../nbs/study/run.ipynb #14d3c1c9
+# %% ../../nbs/study/run.ipynb #95377582
 def _train(run:Run, store:Store, data:Data, device:torch.device) -> dict:
     (net, arch, masks), r, at = subject_of(run, store), recipe_of(run, store), store.work(run)
     added = [*(callbacks(run.method, **run.request) if run.method else ()), *([StayZero(masks)] if masks else [])]
-    tell = lambda row: write_text(at/"progress.json", json.dumps(dict(label=run.label, epochs=r.epochs, **row)))
     try:
         net = net or fresh(arch, masks, seed=run.seed)
-        h = train(net, data, r, added, seed=run.seed, device=str(device), checkpoint=at/"checkpoint.safetensors", report=tell)
+        h = train(net, data, r, added, seed=run.seed, device=str(device), checkpoint=at/"checkpoint.safetensors", report=_teller(run, r, at))
     except Diverged as e: return store.fail(run, str(e), str(device), "diverged", e.rows, e.cost, data_sha256=data.checksum)
     except UserError as e: return store.fail(run, str(e), str(device)) # masks have left a layer empty, memory has run out
     return store.finish(run, net, h.final, h.cost.to_dict(), rows=h.rows, masks=masks, states=[cb.state_dict() for cb in added], said=h.said, device=str(device),
                         epochs=_epochs(h.cost.steps, r, len(data.train)), data_sha256=data.checksum)
+
+# %% ../../nbs/study/run.ipynb #f376fcab
+def _teller(run:Run, r:Recipe, at:Path) -> Callable[[dict], Path]:
+    "What writes down each epoch's row"
+    return lambda row: write_text(at/"progress.json", json.dumps(dict(label=run.label, epochs=r.epochs, **row)))
 
 # %% ../../nbs/study/run.ipynb #6ae9217f
 def _epochs(steps:int, r:Recipe, images:int) -> int | float:

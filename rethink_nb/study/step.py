@@ -19,16 +19,16 @@ class DataRef(Record, frozen=True):
     subset: int | None = None # training images picked, None: all
     val: int | None = None # held-out images, None: the set's own default
 
-# %% ../../nbs/study/step.ipynb #7d0e8793
+# %% ../../nbs/study/step.ipynb #0e0badc1
 class Run(Record, frozen=True):
     "One training, or one pruning step"
-    kind: str # "train", "prune", or "given": a trained network that a user brings along
-    data: DataRef
+    kind: str # "train", "prune", "detect", or "given": a trained network that a user brings along
+    data: DataRef # detect: scenes
     arch: Arch | None # train: the network that is trained; prune: the one before; None: known only when what it starts from is done
-    recipe: Recipe | None = None # train
+    recipe: Recipe | None = None # train, detect
     method: str = "" # prune; train: whose callbacks take part, if any do
     version: int = 0 # of the method
-    request: dict[str, bool | int | float | str | tuple[str, ...] | dict[str, int]] = {} # prune: what was asked of the method: a ratio, or widths by site, and options; train: options of the callbacks
+    request: dict[str, bool | int | float | str | tuple[str, ...] | dict[str, int]] = {} # prune: what was asked of the method: a ratio, or widths by site, and options; train: options of the callbacks; detect: sizes of the detector that are not those of the scenes
     start: "Run | None" = None # whose network it starts from; None: fresh weights
     shape: "Run | None" = None # train: the pruning whose architecture and masks get fresh weights; prune: the one whose widths, or masks, a control is asked for
     init: "Run | None" = None # prune: the first steps of the parent's training, to whose end a ticket goes back; None: to before them. train: the first epochs, whose weights are taken, cut as the pruned network was
@@ -71,9 +71,10 @@ def label(self:Run) -> str:
     arch = self.arch or self.lineage()[0].arch
     return f"{self.data.name}, {arch.family} {'pruned' if self.arch is None else f'{arch.count().params:,} params'}: {_what(self)}, seed {self.seed}"
 
-# %% ../../nbs/study/step.ipynb #050d056d
+# %% ../../nbs/study/step.ipynb #24d0c3b0
 def _what(r:Run) -> str:
     "What a run does, in a few words"
+    if r.kind == "detect": return f"{r.recipe.epochs} epochs as a detector"
     if r.kind == "given": return f"given network {r.weights[:8]}"
     if r.kind == "prune": return f"prune by {r.method} {r.request.get('ratio', '')}".strip()
     epochs = next((n for n in (r.recipe.first, r.recipe.last) if n is not None), r.recipe.epochs)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FIGURES', 'Trial', 'stored_trials', 'grouped']
 
-# %% ../../nbs/study/trial.ipynb #8a9ca140
-import json, os, sys
+# %% ../../nbs/study/trial.ipynb #5405d6f8
+import sys
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
@@ -14,12 +14,12 @@ from pathlib import Path
 from fastcore.basics import patch
 
 from ..core.errors import UserError
-from ..core.files import write_text
 from ..core.imports import nbformat_imported
 from .cells import Cell, runs_of
 from .frames import classes_frame, cost_frame, curve_frame, spent_frame, trial_frame, widths_frame
 from .grid import Study, comparisons, scales
-from .pool import IN_BATCH, check_methods, in_batch, load_all, n_workers, run_all
+from .pool import check_methods, in_batch, load_all, n_workers, run_all, told
+from .step import Run
 from .run import adopt
 from .store import Store
 
@@ -51,25 +51,30 @@ class Trial:
     @property
     def note(self) -> str: return scales[self.studies[0].scale].note
 
-# %% ../../nbs/study/trial.ipynb #45046ef5
+# %% ../../nbs/study/trial.ipynb #49be47b4
 @patch
-def check(self:Trial, workers:int | None=None, device:str="auto", root=None):
+def check(self:Trial, workers:int | None=None, device:str="auto", root=None, more:Iterable[Run]=()):
     "Refuse what cannot be carried out (data that are missing, a device that is not there) before anything is written"
     n_workers(workers, device, 1)
-    check_methods(self.todo)
-    load_all(self.runs, self.store, root)
+    check_methods([*self.todo, *more])
+    load_all([*self.runs, *more], self.store, root)
 
-# %% ../../nbs/study/trial.ipynb #6f01dc3b
+# %% ../../nbs/study/trial.ipynb #d7c3d005
 @patch
-def run(self:Trial, workers:int | None=None, device:str="auto", root=None, progress:bool=True) -> Trial:
+def run(self:Trial,
+    workers:int | None=None, # processes; see `run_all`
+    device:str="auto",
+    root=None, # where data files lie
+    progress:bool=True, # show bars
+    more:Iterable[Run]=(), # that hang on the trial's, to be done with them
+) -> Trial:
     "Do what is missing; runs that failed or diverged are told on stderr, the rest goes on"
-    self.check(workers, device, root)
+    runs = list({r.id: r for r in [*self.runs, *more]}.values())
+    self.check(workers, device, root, more)
     for s in self.studies:
         if s.parent: adopt(s.parent_run(0), s.parent, self.store, device, root)
     for s in self.studies if not in_batch() else (): s.write(self.store/"studies"/f"{s.id}.json") # a batch has written the whole of which this is a part
-    errors = run_all(self.runs, self.store, workers, device, root, progress)
-    for line in errors.values(): print(f"without a result: {line}", file=sys.stderr)
-    if in_batch(): write_text(os.environ[IN_BATCH], json.dumps(errors))
+    told(run_all(runs, self.store, workers, device, root, progress))
     return self
 
 # %% ../../nbs/study/trial.ipynb #00ce58d4
