@@ -178,8 +178,8 @@ def _source(source:str) -> tuple:
     if not (folder/"record.json").is_file(): return load(folder), f"the network in {folder}"
     return Store(folder.parent).network(folder.name), f"the network of run {folder.name}"
 
-# %% ../nbs/cli.ipynb #6fd2f79e
-def _trial(studies:list, out:Path, store, root, device, workers, stem:str):
+# %% ../nbs/cli.ipynb #bf0d1ac4
+def _trial(studies:list, out:Path, store, root, device, workers, stem:str, track:str=""):
     "Run what is missing, execute the notebook, write page and table; print the answer"
     from rethink_nb.study.notebook import experiment_of, run_notebook
     from rethink_nb.study.pages import write_results
@@ -189,13 +189,13 @@ def _trial(studies:list, out:Path, store, root, device, workers, stem:str):
     trial.check(**options)
     out.mkdir(parents=True, exist_ok=True) # a folder that cannot be made is told now, not after hours of training
     print(f"{len(trial.runs)} runs, {len(trial.runs) - len(trial.todo)} done already", file=sys.stderr)
-    trial.run(**options)
+    trial.run(**options, track=track)
     experiment, values = experiment_of(studies)
     notebook = run_notebook(experiment, out/f"{stem}.ipynb", **values, store=str(trial.store.path.resolve()), root=root or "", device=device, workers=workers or 0)
     print(trial.summary(), "", *(f"{what:<9} {path}" for what, path in {**write_results([trial], out, stem), "notebook": notebook, "store": trial.store.path}.items()), sep="\n")
     return 1 if trial.unfinished() else None # runs failed: told above
 
-# %% ../nbs/cli.ipynb #bab2936e
+# %% ../nbs/cli.ipynb #04386623
 @command
 @call_parse
 def run(
@@ -228,6 +228,7 @@ def run(
     root:str="", # folder of data files
     device:str="auto", # cpu, cuda or auto
     workers:int=0, # processes; 0: two on a CPU, one on a GPU
+    track:str="", # mlflow or tensorboard, that are to show the runs
 ):
     "Carry out a trial: parent, pruned, fine-tuned, Scratch-E, Scratch-B and controls"
     from rethink_nb.core.files import folder
@@ -237,7 +238,7 @@ def run(
               subset=subset or None, width=width, precision=precision, margin=margin or None, alpha=alpha, options=_options(options), rounds=rounds, rewind=rewind, cap=cap or None,
               recipe_name=recipe, training=_options(training), reference=reference, parent=str(Path(parent).expanduser().resolve()) if parent else "", pretrained=pretrained, **(dict(prices=_ratio(prices, "prices")) if prices else {}), **(dict(arms=_names(arms)) if arms else {}))
     other = f"-{s.id[:6]}" if s.way != method or arms or recipe or training or reference or parent or pretrained or prices else "" # beside the pages of the same method with other options
-    return _trial([s], folder(out, "out"), store, root, device, workers, f"{method}-{data}-{arch}{other}")
+    return _trial([s], folder(out, "out"), store, root, device, workers, f"{method}-{data}-{arch}{other}", track)
 
 # %% ../nbs/cli.ipynb #41418cd8
 @command
@@ -255,7 +256,7 @@ def demo(
     print(f"{time.time() - began:.0f} s")
     return code
 
-# %% ../nbs/cli.ipynb #1c9368a4
+# %% ../nbs/cli.ipynb #51e9d591
 @command
 @call_parse
 def batch(
@@ -269,6 +270,7 @@ def batch(
     workers:int=0, # notebooks at once; 0: one a core, or one a GPU
     scheduler:str="", # address of a running dask scheduler, such as tcp://10.0.0.5:8786; empty: this machine
     timeout:float=0., # minutes that a notebook may take; 0: without end
+    track:str="", # mlflow or tensorboard, that are to show the runs
 ):
     "Carry out a study file notebook by notebook, over all cores, GPUs or a cluster"
     from rethink_nb.study.batch import Batch, listed
@@ -277,7 +279,7 @@ def batch(
     if timeout < 0: raise UserError(f"timeout {timeout:g}: give minutes, or 0")
     b = Batch(study, store, out, root, device)
     if dry_run: print(b.graph(), b.forecast(), sep="\n\n"); return None
-    results = b.run(workers or None, scheduler, 60*timeout or None)
+    results = b.run(workers or None, scheduler, 60*timeout or None, track=track)
     bad = [f"{name}: {r['status']}: {r['error']}" for name, r in results.items() if r["status"] != "done"]
     made = b.write_report() if b.some_done else {}
     print(*(t.summary() for t in b.trials if made), "\n".join(f"{what:<9} {path}" for what, path in {**made, "notebooks": b.out, "store": b.store.path}.items()), sep="\n\n")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Batch', 'listed']
 
-# %% ../../nbs/study/batch.ipynb #3895ea1a
+# %% ../../nbs/study/batch.ipynb #9f4b0d6d
 import sys, time
 from contextlib import nullcontext
 from functools import cached_property, partial
@@ -28,6 +28,7 @@ from .carry import advanced, carry_out, finished, forget, noted
 from .status import under_way, write_plan
 from .store import Store
 from .tasks import Task, overview_task, tasks_of
+from .track import mirrored
 from .trial import grouped
 
 # %% ../../nbs/study/batch.ipynb #1d74cd9c
@@ -119,19 +120,26 @@ class _Bars:
 
 def _took(result:dict) -> str: return f"{result['seconds']:.0f} s  " if result.get("seconds") else ""
 
-# %% ../../nbs/study/batch.ipynb #829d9be3
+# %% ../../nbs/study/batch.ipynb #b25cf95f
 @patch
 def run(self:Batch,
     workers:int | None=None, # places to work; None: all cores, or all GPUs
     scheduler="", # address of a running dask scheduler, or a dask client; empty: this machine
     timeout:float | None=None, # seconds that a notebook may take; None: without end
     progress:bool=True,
+    track:str="", # mlflow or tensorboard, that are to show the runs; see `study.track`
 ) -> dict[str, dict]: # how each notebook has ended that was to do
     "Do what is missing"
     if scheduler and workers is not None: raise UserError(f"{workers} workers with a scheduler: its workers are those that have joined it; leave workers out")
     spots = None if scheduler else places(workers, self.device)
     self.check("cpu" if scheduler else self.device) # devices of other machines are not ours to try
     for place in (self.store.path, self.out): _check_writable(place)
+    with mirrored(self.store, {r.id for t in self.tasks for r in t.runs}, track): return self._carried(spots, scheduler, timeout, progress)
+
+# %% ../../nbs/study/batch.ipynb #f0a66579
+@patch
+def _carried(self:Batch, spots, scheduler, timeout:float | None, progress:bool) -> dict[str, dict]:
+    "Do what is missing, all being checked"
     if not (todo := self.todo) and finished(self.out, self.overview, self.store):
         self.write_plan() # of a file that asks for less than before, say
         return {}

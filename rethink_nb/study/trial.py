@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FIGURES', 'Trial', 'stored_trials', 'grouped']
 
-# %% ../../nbs/study/trial.ipynb #5405d6f8
+# %% ../../nbs/study/trial.ipynb #d12fa7c7
 import sys
 from collections.abc import Iterable
 from functools import cached_property
@@ -22,6 +22,7 @@ from .pool import check_methods, in_batch, load_all, n_workers, run_all, told
 from .step import Run
 from .run import adopt
 from .store import Store
+from .track import mirrored
 
 # %% ../../nbs/study/trial.ipynb #b877b8c8
 class Trial:
@@ -59,7 +60,7 @@ def check(self:Trial, workers:int | None=None, device:str="auto", root=None, mor
     check_methods([*self.todo, *more])
     load_all([*self.runs, *more], self.store, root)
 
-# %% ../../nbs/study/trial.ipynb #d7c3d005
+# %% ../../nbs/study/trial.ipynb #f89b0171
 @patch
 def run(self:Trial,
     workers:int | None=None, # processes; see `run_all`
@@ -67,14 +68,16 @@ def run(self:Trial,
     root=None, # where data files lie
     progress:bool=True, # show bars
     more:Iterable[Run]=(), # that hang on the trial's, to be done with them
+    track:str="", # mlflow or tensorboard, that are to show the runs; see `study.track`
 ) -> Trial:
     "Do what is missing; runs that failed or diverged are told on stderr, the rest goes on"
     runs = list({r.id: r for r in [*self.runs, *more]}.values())
     self.check(workers, device, root, more)
-    for s in self.studies:
-        if s.parent: adopt(s.parent_run(0), s.parent, self.store, device, root)
-    for s in self.studies if not in_batch() else (): s.write(self.store/"studies"/f"{s.id}.json") # a batch has written the whole of which this is a part
-    told(run_all(runs, self.store, workers, device, root, progress))
+    with mirrored(self.store, [r.id for r in runs], track):
+        for s in self.studies:
+            if s.parent: adopt(s.parent_run(0), s.parent, self.store, device, root)
+        for s in self.studies if not in_batch() else (): s.write(self.store/"studies"/f"{s.id}.json") # a batch has written the whole of which this is a part
+        told(run_all(runs, self.store, workers, device, root, progress))
     return self
 
 # %% ../../nbs/study/trial.ipynb #00ce58d4
