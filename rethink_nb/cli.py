@@ -195,7 +195,7 @@ def _trial(studies:list, out:Path, store, root, device, workers, stem:str, track
     print(trial.summary(), "", *(f"{what:<9} {path}" for what, path in {**write_results([trial], out, stem), "notebook": notebook, "store": trial.store.path}.items()), sep="\n")
     return 1 if trial.unfinished() else None # runs failed: told above
 
-# %% ../nbs/cli.ipynb #04386623
+# %% ../nbs/cli.ipynb #06b0c802
 @command
 @call_parse
 def run(
@@ -221,6 +221,7 @@ def run(
     rounds:int=1, # prune so many times, with training between
     rewind:int=0, # lottery: steps after which the tickets' weights are those of the parent
     cap:float=0., # Scratch-B at most so many times as long as the parent; 0: twice where single weights go, else any
+    primary:str="", # comparisons that the trial is about, named beforehand, separated by commas, such as "scratch-b vs fine-tune": verdicts on them are held against each other (Holm)
     margin:float=0., # points of accuracy that count as equal; 0: the scale's
     alpha:float=.05, # intervals cover 1 - alpha
     store:str="runs", # folder of results
@@ -236,8 +237,8 @@ def run(
     if (numbers := _ratio(ratio)) is None: raise UserError("ratio '': give a number, or several separated by commas")
     s = Study(data=data, arch=arch, method=method, ratios=numbers if isinstance(numbers, list) else [numbers], seeds=seeds, first_seed=first_seed, scale=scale or None, epochs=epochs or None,
               subset=subset or None, width=width, precision=precision, margin=margin or None, alpha=alpha, options=_options(options), rounds=rounds, rewind=rewind, cap=cap or None,
-              recipe_name=recipe, training=_options(training), reference=reference, parent=str(Path(parent).expanduser().resolve()) if parent else "", pretrained=pretrained, **(dict(prices=_ratio(prices, "prices")) if prices else {}), **(dict(arms=_names(arms)) if arms else {}))
-    other = f"-{s.id[:6]}" if s.way != method or arms or recipe or training or reference or parent or pretrained or prices else "" # beside the pages of the same method with other options
+              recipe_name=recipe, training=_options(training), reference=reference, parent=str(Path(parent).expanduser().resolve()) if parent else "", pretrained=pretrained, primary=_names(primary), **(dict(prices=_ratio(prices, "prices")) if prices else {}), **(dict(arms=_names(arms)) if arms else {}))
+    other = f"-{s.id[:6]}" if s.way != method or arms or recipe or training or reference or parent or pretrained or prices or primary else "" # beside the pages of the same method with other options
     return _trial([s], folder(out, "out"), store, root, device, workers, f"{method}-{data}-{arch}{other}", track)
 
 # %% ../nbs/cli.ipynb #41418cd8

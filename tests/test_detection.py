@@ -12,9 +12,9 @@ from rethink_nb.arch import zoo
 from rethink_nb.arch.parts import Constant
 from rethink_nb.core.errors import UserError
 from rethink_nb.study.detections import Detections
-from rethink_nb.study.detector import detection_run, stored_detector
+from rethink_nb.study.detector import detection_run
 from rethink_nb.study.grid import Study
-from rethink_nb.study.run import data_of, execute
+from rethink_nb.study.run import execute
 from rethink_nb.study.step import DataRef, Run
 from rethink_nb.study.store import Store
 from rethink_nb.study.trial import Trial

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Detections']
 
-# %% ../../nbs/study/detections.ipynb #2dc68bec
+# %% ../../nbs/study/detections.ipynb #3216ffc4
 from dataclasses import replace
 from functools import cached_property
 
@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from .cells import Cell, runs_of
 from .detector import detection_run
 from .frames import trial_frame
-from .grid import comparisons
+from .compared import comparisons
 from .step import Run
 from .trial import Trial
 from ..training.detection import precision_metric

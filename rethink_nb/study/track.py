@@ -5,13 +5,12 @@
 # %% auto #0
 __all__ = ['trackers', 'told_of', 'TensorBoard', 'MLflow', 'tracker', 'mirror', 'mirrored']
 
-# %% ../../nbs/study/track.ipynb #c3e95d5a
+# %% ../../nbs/study/track.ipynb #9a832937
 import json, os, shutil, sys, threading
 from collections.abc import Iterable
 from contextlib import contextmanager
 from datetime import datetime
 from importlib.util import find_spec
-from pathlib import Path
 
 from ..core.errors import UserError
 from ..core.files import write_text

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FIGURES', 'Trial', 'stored_trials', 'grouped']
 
-# %% ../../nbs/study/trial.ipynb #d12fa7c7
+# %% ../../nbs/study/trial.ipynb #06d0038b
 import sys
 from collections.abc import Iterable
 from functools import cached_property
@@ -17,7 +17,8 @@ from ..core.errors import UserError
 from ..core.imports import nbformat_imported
 from .cells import Cell, runs_of
 from .frames import classes_frame, cost_frame, curve_frame, spent_frame, trial_frame, widths_frame
-from .grid import Study, comparisons, scales
+from .compared import comparisons, pair_of
+from .grid import Study, scales
 from .pool import check_methods, in_batch, load_all, n_workers, run_all, told
 from .step import Run
 from .run import adopt
@@ -147,12 +148,22 @@ def beyond(self:Trial):
     from rethink_nb.report.tables import beyond_table
     return beyond_table(self.frame())
 
-# %% ../../nbs/study/trial.ipynb #4e197be7
+# %% ../../nbs/study/trial.ipynb #644b4d8c
 @patch
 def verdicts(self:Trial):
     "One row a comparison of two arms"
+    from rethink_nb.report.multiple import holm
     from rethink_nb.report.stats import verdicts
-    return verdicts(self.frame(), comparisons({c.arm for c in self.cells}), self.points, self.alpha)
+    pairs = list(dict.fromkeys([*comparisons({c.arm for c in self.cells}), *(pair for *_, pair in self.primary)]))
+    frame = verdicts(self.frame(), pairs, self.points, self.alpha)
+    named = set(self.primary)
+    return holm(frame, [(r.data, r.network, r.method, (r.arm_a, r.arm_b)) in named for r in frame.itertuples()], self.alpha)
+
+# %% ../../nbs/study/trial.ipynb #bcfb53ca
+@patch(as_prop=True)
+def primary(self:Trial) -> list[tuple[str, str, str, tuple[str, str]]]: # data, network, method, both arms
+    "What the studies are about, as they have named it beforehand"
+    return [(s.data, s.network, s.way, pair_of(words)) for s in self.studies for words in s.primary]
 
 # %% ../../nbs/study/trial.ipynb #7a2591a0
 @patch
