@@ -195,7 +195,7 @@ def _trial(studies:list, out:Path, store, root, device, workers, stem:str, track
     print(trial.summary(), "", *(f"{what:<9} {path}" for what, path in {**write_results([trial], out, stem), "notebook": notebook, "store": trial.store.path}.items()), sep="\n")
     return 1 if trial.unfinished() else None # runs failed: told above
 
-# %% ../nbs/cli.ipynb #06b0c802
+# %% ../nbs/cli.ipynb #c565ccb5
 @command
 @call_parse
 def run(
@@ -203,6 +203,7 @@ def run(
     data:str="digits", # data set
     arch:str="vgg-digits", # network
     ratio:str="0.3,0.5", # fractions of channels, or weights, removed, separated by commas
+    target:str="", # instead of ratio: one of the paper's pruned networks, by its letter, such as A for resnet56-A
     seeds:int=3, # replicates
     first_seed:int=0, # the number of the first
     scale:str="", # smoke, pocket or paper: sets the margin; empty: the usual one of the data set
@@ -235,7 +236,7 @@ def run(
     from rethink_nb.core.files import folder
     from rethink_nb.study.grid import Study
     if (numbers := _ratio(ratio)) is None: raise UserError("ratio '': give a number, or several separated by commas")
-    s = Study(data=data, arch=arch, method=method, ratios=numbers if isinstance(numbers, list) else [numbers], seeds=seeds, first_seed=first_seed, scale=scale or None, epochs=epochs or None,
+    s = Study(data=data, arch=arch, method=method, ratios=[] if target else numbers if isinstance(numbers, list) else [numbers], target=target, seeds=seeds, first_seed=first_seed, scale=scale or None, epochs=epochs or None,
               subset=subset or None, width=width, precision=precision, margin=margin or None, alpha=alpha, options=_options(options), rounds=rounds, rewind=rewind, cap=cap or None,
               recipe_name=recipe, training=_options(training), reference=reference, parent=str(Path(parent).expanduser().resolve()) if parent else "", pretrained=pretrained, primary=_names(primary), **(dict(prices=_ratio(prices, "prices")) if prices else {}), **(dict(arms=_names(arms)) if arms else {}))
     other = f"-{s.id[:6]}" if s.way != method or arms or recipe or training or reference or parent or pretrained or prices or primary else "" # beside the pages of the same method with other options

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['Cell', 'runs_of']
 
-# %% ../../nbs/study/cells.ipynb #2a08d0ff
+# %% ../../nbs/study/cells.ipynb #292cca0b
 from dataclasses import dataclass
 
 from fastcore.basics import patch
 
+from ..core.record import remembered
 from ..methods.amounts import inner_sites
-from ..methods.base import callbacks, pruned_arch
+from ..methods.base import callbacks
 from ..methods.all import methods
 from .grid import Study
 from .step import Run
@@ -31,8 +32,9 @@ class Cell:
     run: Run
     parent: Run # of its seed
 
-# %% ../../nbs/study/cells.ipynb #f98960a4
+# %% ../../nbs/study/cells.ipynb #1dadcb0a
 @patch
+@remembered
 def parent_run(self:Study,
     seed:int,
     recipe:Recipe | None=None, # None: the study's
@@ -46,8 +48,9 @@ def _added(s:Study, ratio:float) -> dict:
     "The fields of a training in which the method takes part"
     return dict(method=s.method, version=methods.get(s.method).version, request=s.training_request(ratio)) if callbacks(s.method, **s.training_request(ratio)) else {}
 
-# %% ../../nbs/study/cells.ipynb #f04e9ad3
+# %% ../../nbs/study/cells.ipynb #3f417c85
 @patch
+@remembered
 def subject_run(self:Study,
     ratio:float,
     seed:int,
@@ -58,8 +61,9 @@ def subject_run(self:Study,
     start = self.parent_run(seed) if self.pretrained or self.parent else None
     return Run(kind="train", data=self.images, arch=self.base, recipe=recipe or self.recipe_after, start=start, seed=seed, **_added(self, ratio))
 
-# %% ../../nbs/study/cells.ipynb #0d0c52f4
+# %% ../../nbs/study/cells.ipynb #59bf5290
 @patch
+@remembered
 def prune_run(self:Study, method:str, ratio:float, seed:int, recipe:Recipe | None=None) -> Run:
     "The pruning of a parent, trained by `recipe` or the study's, by the method under trial or by a control"
     if method != self.method: return self.control_run(method, ratio, seed)
@@ -77,14 +81,16 @@ def _parts(s:Study, ratio:float) -> list[dict]:
     parts = [{}] if s.rounds == 1 else m.rounds(ratio, s.rounds, {**m.options, **s.request(ratio)}, s.base)
     return [{**s.request(ratio), **(part if isinstance(part, dict) else dict(ratio=part))} for part in parts]
 
-# %% ../../nbs/study/cells.ipynb #1498093a
+# %% ../../nbs/study/cells.ipynb #961c3abe
 @patch(as_prop=True)
+@remembered
 def between(self:Study) -> Recipe:
     "The training between two rounds"
     return self.recipe.replace(skip=self.rewind) if self.prunes == "tickets" or _added(self, self.levels[0]) else fine_tune(self.recipe)
 
-# %% ../../nbs/study/cells.ipynb #28b02d99
+# %% ../../nbs/study/cells.ipynb #c1d4f171
 @patch
+@remembered
 def first_run(self:Study,
     ratio:float,
     seed:int,
@@ -93,19 +99,21 @@ def first_run(self:Study,
     "The first epochs of the training of what is pruned, to whose weights an arm goes back"
     return self.subject_run(ratio, seed, self.recipe_after.replace(first=epochs))
 
-# %% ../../nbs/study/cells.ipynb #ce5a1ecd
+# %% ../../nbs/study/cells.ipynb #702bbad2
 @patch
+@remembered
 def early_run(self:Study, seed:int) -> Run | None:
     "The first steps of the parent's training, to whose end tickets go back; None: they go back to before them"
     return self.parent_run(seed).replace(recipe=self.recipe.replace(stop=self.rewind)) if self.rewind else None
 
-# %% ../../nbs/study/cells.ipynb #7a9bbd32
+# %% ../../nbs/study/cells.ipynb #3c5809e0
 @patch
+@remembered
 def control_run(self:Study, method:str, ratio:float, seed:int) -> Run:
     "The pruning of a parent by a control, to the size that the method under trial has"
     run = Run(kind="prune", data=self.images, arch=self.base, method=method, version=methods.get(method).version, start=self.parent_run(seed), seed=seed)
     if not self.known: return run.replace(shape=self.prune_run(self.method, ratio, seed))
-    small = pruned_arch(self.method, self.base, **self.request(ratio))
+    small = self.small(ratio)
     return run.replace(request={"widths": {s.name: small.site(s.name).width for s in inner_sites(self.base)}})
 
 # %% ../../nbs/study/cells.ipynb #0b60d969
@@ -113,7 +121,7 @@ def _whole(s:Study, arm:Arm) -> Recipe:
     "The recipe that an arm's own is derived from: the parent's, or, where it shortens or goes back in the training of what is pruned, that one's"
     return s.recipe_after if arm.early or arm.rewound else s.recipe
 
-# %% ../../nbs/study/cells.ipynb #a11cd3a2
+# %% ../../nbs/study/cells.ipynb #0c488611
 @patch
 def arm_run(self:Study, arm:Arm, ratio:float, seed:int) -> Run:
     "The run that answers an arm"
@@ -123,7 +131,7 @@ def arm_run(self:Study, arm:Arm, ratio:float, seed:int) -> Run:
     if not arm.trained: return start
     back = dict(init=self.first_run(ratio, seed, whole.epochs - arm.retraining(whole))) if arm.rewound else {}
     if not self.known: return self.found_run(arm, start, ratio, seed).replace(**back)
-    small = pruned_arch(self.method, self.base, **self.request(ratio))
+    small = self.small(ratio)
     r = arm.recipe(whole, self.base.count().flops/small.count().flops, self.cap)
     return Run(kind="train", data=self.images, arch=small if start else small.scratch(), recipe=r, start=start, seed=seed, **back)
 

@@ -26,9 +26,9 @@ class StudyFile:
     title: str
     studies: tuple[Study, ...]
 
-# %% ../../nbs/study/files.ipynb #618df5e1
+# %% ../../nbs/study/files.ipynb #62e45277
 _NAMES = {"recipe": "recipe_name"} # of the file: of `Study`
-_MANY = ("data", "arch", "method") # where a list stands for a study each
+_MANY = ("data", "arch", "method", "target") # where a list stands for a study each
 
 def keys() -> list[str]:
     "What may stand in a file or a `[[study]]`"
@@ -88,7 +88,7 @@ def _line(text:str, key:str, number:int=0) -> int:
         if now == number and re.match(rf"""\s*(\[\s*study\s*\.\s*)?["']?{re.escape(key)}["']?\s*[=.\]]""", line): return n
     return heading
 
-# %% ../../nbs/study/files.ipynb #80696ca6
+# %% ../../nbs/study/files.ipynb #9b6caad2
 def _made(path:Path, text:str, above:dict, table:dict, number:int) -> list[Study]:
     "The studies of one `[[study]]`"
     _check_keys(path, text, table, number)
@@ -96,8 +96,8 @@ def _made(path:Path, text:str, above:dict, table:dict, number:int) -> list[Study
     if isinstance(given.get("parent"), str) and given["parent"]: given["parent"] = str((path.parent/Path(given["parent"]).expanduser()).resolve()) # beside the file, wherever it is read
     lists = [given.pop(k) if isinstance(given.get(k), list) else [given.pop(k)] if k in given else [] for k in _MANY]
     for k, values in zip(_MANY, lists):
-        if not values and (k != "method" or k in {**above, **table}): raise UserError(f"{path}, line {_line(text, k, number if k in table or k not in above else 0)}: the study names no {k}")
-    try: return [Study(**dict(zip(_MANY, names)), **given) for names in product(lists[0], lists[1], lists[2] or ["l1"])]
+        if not values and (k in _MANY[:2] or k in {**above, **table}): raise UserError(f"{path}, line {_line(text, k, number if k in table or k not in above else 0)}: the study names no {k}")
+    try: return [Study(**dict(zip(_MANY, names)), **given) for names in product(*lists[:2], lists[2] or ["l1"], lists[3] or [""])]
     except (UserError, TypeError) as e: raise UserError(f"{path}, line {_blamed(text, str(e), above, table, number)}: {e}") from None
 
 # %% ../../nbs/study/files.ipynb #dbf3746d

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['history', 'trial_frame', 'curve_frame', 'classes_frame', 'widths_frame', 'cost_frame', 'spent_frame']
 
-# %% ../../nbs/study/frames.ipynb #cf402d7f
+# %% ../../nbs/study/frames.ipynb #3882666e
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
 
 from msgspec.structs import asdict
 
-from ..methods.base import pruned_arch
+from ..core.record import remembered
 from .cells import Cell
 from .grid import Study
 from .step import Run
@@ -20,22 +20,30 @@ from .store import Store
 from ..training.ledger import Cost
 from ..training.scores import agreement
 
-# %% ../../nbs/study/frames.ipynb #25987895
+# %% ../../nbs/study/frames.ipynb #2f06a682
+@remembered
 def history(run:Run) -> list[Run]:
     "The run and all that was needed to come to it, first things first"
     before = [x for b in (run.start, run.shape) if b for x in history(b)]
     return [*{r.id: r for r in before}.values(), run]
 
-# %% ../../nbs/study/frames.ipynb #6006d96b
+# %% ../../nbs/study/frames.ipynb #4ab88950
 def trial_frame(cells:list[Cell], store:Store):
     "One row a cell as a DataFrame; cells without a result have status missing, failed or diverged"
     from pandas import DataFrame
-    return DataFrame([_row(c, store) for c in cells])
+    read = cache(lambda id: store.record(id) or {}) # many cells hang on one run
+    cost = cache(lambda id: Cost(**read(id).get("cost", {})))
+    return DataFrame([_row(c, store, read, cost) for c in cells])
 
-# %% ../../nbs/study/frames.ipynb #cfdea07d
-def _row(cell:Cell, store:Store) -> dict:
-    line, cost = [store.record(r.id) or {} for r in cell.run.lineage()], lambda r: Cost(**(store.record(r.id) or {}).get("cost", {}))
-    last, total, own, first = line[-1], sum(map(cost, history(cell.run)), Cost()), cost(cell.run), cell.run.lineage()[0]
+# %% ../../nbs/study/frames.ipynb #6bf9c0d5
+def _row(
+    cell:Cell,
+    store:Store,
+    read:Callable[[str], dict], # record of a run by its id, empty: none
+    cost:Callable[[str], Cost], # of a run by its id
+) -> dict:
+    line = [read(r.id) for r in cell.run.lineage()]
+    last, total, own, first = line[-1], sum((cost(r.id) for r in history(cell.run)), Cost()), cost(cell.run.id), cell.run.lineage()[0]
     bad = [r["status"] for r in line if r.get("status") in ("diverged", "failed")]
     status = bad[0] if bad else last.get("status", "missing")
     exact = next((r["exactness"] for r in line if "exactness" in r), dict(max_error=float("nan"), scale=float("nan")))
@@ -56,12 +64,16 @@ def _agreement(cell:Cell, store:Store) -> float:
     mine, theirs = store.said(cell.run.id), store.said(cell.parent.id)
     return agreement(mine, theirs) if mine is not None and theirs is not None else float("nan")
 
-# %% ../../nbs/study/frames.ipynb #0b52c1b6
+# %% ../../nbs/study/frames.ipynb #e5c5bfd3
 def curve_frame(cells:list[Cell], store:Store):
     "The epochs of all cells as one DataFrame, those of diverged ones included"
-    from pandas import DataFrame, concat
-    parts = [store.curve(c.run.id).assign(**{k: getattr(c, k) for k in ("data", "network", "method", "ratio", "arm", "seed")}, run=c.run.id) for c in cells if store.ended(c.run)]
-    return concat([p for p in parts if len(p)], ignore_index=True) if any(map(len, parts)) else DataFrame()
+    from pandas import DataFrame
+    names = ("data", "network", "method", "ratio", "arm", "seed")
+    ended = [c for c in cells if store.ended(c.run)]
+    curves = store.curves(dict.fromkeys(c.run.id for c in ended))
+    if curves.empty: return DataFrame()
+    which = DataFrame([dict(**{k: getattr(c, k) for k in names}, run=c.run.id) for c in ended])
+    return which.merge(curves, on="run")[[*(k for k in curves if k != "run"), *names, "run"]]
 
 # %% ../../nbs/study/frames.ipynb #c0a91375
 def classes_frame(cells:list[Cell], store:Store):
@@ -80,11 +92,11 @@ def widths_frame(
     rows = [dict(data=s.data, network=s.arch, method=s.way, ratio=r, site=site, width=kept, full=full) for s in studies for r in s.levels for site, kept, full in _kept(s, r, store)]
     return DataFrame(rows).groupby(["data", "network", "method", "ratio", "site"], sort=False, as_index=False).mean() if rows else DataFrame()
 
-# %% ../../nbs/study/frames.ipynb #d1e5f60e
+# %% ../../nbs/study/frames.ipynb #e953a143
 def _kept(s:Study, ratio:float, store:Store | None) -> list[tuple[str, int, int]]: # site, what is kept, of how many
     "What a study keeps at a ratio; once a seed where trained weights say it"
     free, widths = [x for x in s.base.sites() if x.free], lambda small: [(x.name, small.site(x.name).width, x.width) for x in free]
-    if s.known: return widths(pruned_arch(s.method, s.base, **s.request(ratio)))
+    if s.known: return widths(s.small(ratio))
     done = [r.id for r in (s.prune_run(s.method, ratio, seed) for seed in s.replicates) if store and store.done(r)]
     if s.counts != {}: return [row for id in done for row in widths(store.arch(id))]
     return [(name.removesuffix(".weight"), int(m.sum()), m.numel()) for id in done for name, m in store.masks(id).items()]

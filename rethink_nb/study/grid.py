@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['scales', 'USUAL', 'Scale', 'Study']
 
-# %% ../../nbs/study/grid.ipynb #0454aab9
+# %% ../../nbs/study/grid.ipynb #0fc4e1de
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -15,10 +15,10 @@ from msgspec.structs import force_setattr
 
 from ..arch.spec import Arch
 from ..arch.zoo import arch as zoo_arch
-from ..arch.zoo import networks
+from ..arch.zoo import networks, target_widths
 from ..core.errors import UserError
 from ..core.events import call_all
-from ..core.record import Record, check_types
+from ..core.record import Record, check_types, remembered
 from ..methods.all import methods
 from ..methods.amounts import check_ratio
 from ..methods.base import callbacks, pruned_arch, read_request, training_options, typed
@@ -51,7 +51,7 @@ USUAL = { # arms by what is pruned
     "tickets": ("parent", "ticket", "random-ticket", "scratch-b"),
 }
 
-# %% ../../nbs/study/grid.ipynb #08befd5c
+# %% ../../nbs/study/grid.ipynb #ecee09f4
 class Study(Record, frozen=True):
     "One network, one data set, one method: which arms, ratios and seeds to run, and when two arms count as equal"
     data: str # a data set's name
@@ -79,6 +79,7 @@ class Study(Record, frozen=True):
     parent_sha256: str = "" # over its weights; found out where it is empty
     prices: tuple[float, ...] = () # instead of ratios, for a method that finds how much goes by the price of its training (sss): a training each
     pretrained: str = "" # for a method that takes part in a training: that training starts from the plain parent, by this recipe; empty: from random weights
+    target: str = "" # instead of ratios: one of the paper's pruned networks, by its letter, such as "A" for resnet56-A
     primary: tuple[str, ...] = () # comparisons that the study is about, such as "scratch-b vs fine-tune", named beforehand: verdicts on them hold for all of them together (Holm)
     schema: ClassVar[int] = 2 # 2: precision is "auto" unless it is given; it was "fp32"
 
@@ -100,30 +101,40 @@ class Study(Record, frozen=True):
         _check_study(self)
         _check_method(self)
         _check_parent(self)
+        self.__dict__.clear() # answers that were found before all fields were set
 
-# %% ../../nbs/study/grid.ipynb #f6b563c8
+# %% ../../nbs/study/grid.ipynb #67a97102
 def _check_names(s:Study):
     "Refuse names that nothing has, and lists that are empty or name a thing twice"
     for registry, n in ((datasets, s.data), (networks, s.arch), (methods, s.method), *((recipes, n) for n in (s.recipe_name, s.pretrained) if n)): registry.get(n)
     for a in s.arms: arm(a)
     if not s.recipe_name and not has_recipe(s.data): raise UserError(f"{s.data} has no recipe of its own: name one by recipe_name=, such as cifar")
     for what in ("ratios", "arms", "prices"):
-        if not getattr(s, what) and (what == "arms" or what == "ratios" and methods.get(s.method).amounts): raise UserError(f"a study needs {what}")
+        if not getattr(s, what) and (what == "arms" or what == "ratios" and methods.get(s.method).amounts and not s.target): raise UserError(f"a study needs {what}")
         if len(set(getattr(s, what))) < len(getattr(s, what)): raise UserError(f"{what} {', '.join(map(str, getattr(s, what)))}: one stands twice")
     known = _option_defaults(s)
     for k in s.options:
         if k not in known: raise UserError(f"{s.method} has no option {k!r}: there are {', '.join(known) or 'none'}")
 
-# %% ../../nbs/study/grid.ipynb #57bb5362
+# %% ../../nbs/study/grid.ipynb #c231e41a
 @patch(as_prop=True)
 def levels(self:Study) -> tuple[float, ...]:
-    "Ratios; or prices, as negative numbers"
-    return tuple(-p for p in self.prices) or self.ratios
+    "Ratios; or prices, as negative numbers; of a target the share of channels that it lacks"
+    return tuple(-p for p in self.prices) or ((self._lacks,) if self.target else self.ratios)
 
-# %% ../../nbs/study/grid.ipynb #a45b1256
+# %% ../../nbs/study/grid.ipynb #724bd202
+@patch(as_prop=True)
+@remembered
+def _lacks(self:Study) -> float:
+    "Which share of the channels a target lacks"
+    kept = target_widths(self.base, self.target)
+    return round(1 - sum(kept.values())/sum(self.base.site(n).width for n in kept), 4)
+
+# %% ../../nbs/study/grid.ipynb #5fb3ff8d
 def _check_levels(s:Study):
     "Ratios for a method that is told how much goes, prices for one that finds it; where there are none, its own"
     m = methods.get(s.method)
+    if s.target: return _check_target(s)
     if m.amounts:
         if s.prices: raise UserError(f"prices {', '.join(map(str, s.prices))}: {s.method} goes by ratios; prices are for a method that finds how much goes, such as sss")
         return
@@ -133,8 +144,18 @@ def _check_levels(s:Study):
     force_setattr(s, "prices", s.prices or (training_options(m)["strength"],))
     if wrong := [p for p in s.prices if not 0 < p < float("inf")]: raise UserError(f"price {wrong[0]}: give a number above 0")
 
-# %% ../../nbs/study/grid.ipynb #06b88525
+# %% ../../nbs/study/grid.ipynb #13d56cfb
+def _check_target(s:Study):
+    "A target says all widths, so nothing else may"
+    if "target" not in methods.get(s.method).amounts or "ratio" in training_options(methods.get(s.method)): raise UserError(f"{s.method} does not go by a target: give ratios")
+    if s.ratios not in ((.3, .5), ()) or s.prices or s.rounds > 1: raise UserError(f"target {s.target}: it says how much goes, and in one step: leave ratios, prices and rounds out")
+    target_widths(s.base, s.target) # refuses one that the network does not have
+    force_setattr(s, "ratios", ())
+    force_setattr(s, "target", s.target.rpartition("-")[2])
+
+# %% ../../nbs/study/grid.ipynb #e0dd73c8
 @patch(as_prop=True)
+@remembered
 def trains_apart(self:Study) -> bool:
     "Whether what is pruned is not the parent, but was trained with the method for its ratio, or from the parent"
     return bool("ratio" in training_options(methods.get(self.method)) or self.prices or self.pretrained)
@@ -167,7 +188,7 @@ def _check_study(s:Study):
     if s.cap is not None and not 1 <= s.cap < float("inf"): raise UserError(f"cap {s.cap}: give a factor of at least 1")
     s.base.check()
 
-# %% ../../nbs/study/grid.ipynb #006ed5ab
+# %% ../../nbs/study/grid.ipynb #b46026d4
 def _check_method(s:Study):
     "Refuse what the method cannot do"
     m = methods.get(s.method)
@@ -185,7 +206,7 @@ def _check_method(s:Study):
         if arm(a).trained: arm(a).parent(s.recipe), arm(a).recipe(s.recipe) # refuse lengths that do not fit
     for r in s.ratios if not parents_only else ():
         check_ratio(r)
-        if r == 0 or s.known and pruned_arch(s.method, s.base, **s.request(r)) == s.base: raise UserError(f"ratio {r} removes nothing from {s.arch}: give a larger one")
+        if r == 0 or s.known and s.small(r) == s.base: raise UserError(f"ratio {r} removes nothing from {s.arch}: give a larger one")
 
 # %% ../../nbs/study/grid.ipynb #8ee0bd91
 _LISTS = ("milestones", "gammas")
@@ -205,21 +226,24 @@ def _check_parent(s:Study):
     if wrong := [a for a in s.arms if arm(a).early or arm(a).rewound]: raise UserError(f"arm {wrong[0]} trains the parent in another way or for a shorter time, but the parent is given: leave the arm out")
     if not s.parent_sha256: force_setattr(s, "parent_sha256", weights_digest(given_net(s.parent, s.base)))
 
-# %% ../../nbs/study/grid.ipynb #865c4bb4
+# %% ../../nbs/study/grid.ipynb #710b7abc
 @patch(as_prop=True)
+@remembered
 def counts(self:Study) -> dict[str, int] | None:
     "Channels that the method keeps by site at the first ratio; None where trained weights decide, empty where single weights go"
     m = methods.get(self.method)
     return m.counts(self.base, *read_request(m, self.request(self.levels[0])))
 
-# %% ../../nbs/study/grid.ipynb #394defec
+# %% ../../nbs/study/grid.ipynb #2d0b38d2
 @patch(as_prop=True)
+@remembered
 def prunes(self:Study) -> str:
     "What goes: `channels`, `weights`, or, with a return to the start, `tickets`"
     return "tickets" if "init" in methods.get(self.method).needs else "weights" if self.counts == {} else "channels"
 
-# %% ../../nbs/study/grid.ipynb #85c82999
+# %% ../../nbs/study/grid.ipynb #e906abc9
 @patch(as_prop=True)
+@remembered
 def known(self:Study) -> bool:
     "Whether the pruned architecture is known before anything is trained"
     picked = any(self.base.site(n).kind in ("in", "out") and k < self.base.site(n).width for n, k in (self.counts or {}).items()) # which channels of a stream, only weights say
@@ -231,11 +255,12 @@ def _sitewise(s:Study) -> bool:
     m, request = methods.get(s.method), s.request(s.levels[0])
     return isinstance(m.rounds(s.levels[0], s.rounds, {**m.options, **request}, s.base)[0], dict)
 
-# %% ../../nbs/study/grid.ipynb #ee7f14b7
+# %% ../../nbs/study/grid.ipynb #66e08627
 @patch
 def request(self:Study, ratio:float) -> dict:
     "What the method is asked for"
-    return {**({} if self.prices else {"ratio": ratio}), **{k: v for k, v in self.options.items() if k in methods.get(self.method).options}}
+    amount = {} if self.prices else {"target": self.target} if self.target else {"ratio": ratio}
+    return {**amount, **{k: v for k, v in self.options.items() if k in methods.get(self.method).options}}
 
 # %% ../../nbs/study/grid.ipynb #ebef3a7d
 @patch
@@ -244,28 +269,39 @@ def training_request(self:Study, ratio:float) -> dict:
     takes = training_options(methods.get(self.method))
     return {k: v for k, v in self.options.items() if k in takes} | ({"ratio": ratio} if "ratio" in takes else {}) | ({"strength": -ratio} if self.prices and ratio < 0 else {})
 
-# %% ../../nbs/study/grid.ipynb #f865784e
+# %% ../../nbs/study/grid.ipynb #3110ab95
 @patch(as_prop=True)
+@remembered
 def base(self:Study) -> Arch:
     "The architecture before pruning"
     images = datasets.get(self.data)
     return zoo_arch(self.arch, classes=images.classes, input=images.input, width=self.width)
 
-# %% ../../nbs/study/grid.ipynb #abbbbb80
+# %% ../../nbs/study/grid.ipynb #ba99a64e
+@patch
+@remembered
+def small(self:Study, ratio:float) -> Arch:
+    "What is left at a ratio, where that is known"
+    return pruned_arch(self.method, self.base, **self.request(ratio))
+
+# %% ../../nbs/study/grid.ipynb #450749b0
 @patch(as_prop=True)
+@remembered
 def recipe(self:Study) -> Recipe:
     "The parent's recipe"
     changes = dict(epochs=self.epochs) if self.epochs else {}
     return recipe_of(self.recipe_name or self.data, **self.training, precision=self.precision, peek=self.reference, **changes)
 
-# %% ../../nbs/study/grid.ipynb #456542ad
+# %% ../../nbs/study/grid.ipynb #2283fb21
 @patch(as_prop=True)
+@remembered
 def recipe_after(self:Study) -> Recipe:
     "The recipe of a training that starts from the plain parent"
     return recipe_of(self.pretrained, **self.training, precision=self.precision, peek=self.reference, **(dict(epochs=self.epochs) if self.epochs else {})) if self.pretrained else self.recipe
 
-# %% ../../nbs/study/grid.ipynb #def2b719
+# %% ../../nbs/study/grid.ipynb #2ede3216
 @patch(as_prop=True)
+@remembered
 def images(self:Study) -> DataRef:
     "Which images it trains on, and is judged by"
     return DataRef(name=self.data, subset=self.subset, val=0 if self.reference else None)
@@ -285,11 +321,11 @@ def network(self:Study) -> str:
              "as the reference" if self.reference else "", f"given parent {self.parent_sha256[:6]}" if self.parent else ""]
     return ", ".join([self.arch, *filter(None, extra)])
 
-# %% ../../nbs/study/grid.ipynb #6267a12b
+# %% ../../nbs/study/grid.ipynb #872ef40d
 @patch(as_prop=True)
 def way(self:Study) -> str:
     "The method's name, with what is unusual about how it prunes"
-    extra = [*(f"{k}={'+'.join(v) if isinstance(v, tuple) else v}" for k, v in self.options.items()), f"{self.rounds} rounds" if self.rounds > 1 else "",
+    extra = [f"target {self.target}" if self.target else "", *(f"{k}={'+'.join(v) if isinstance(v, tuple) else v}" for k, v in self.options.items()), f"{self.rounds} rounds" if self.rounds > 1 else "",
              f"back to step {self.rewind}" if self.rewind else "", f"from the parent by {self.pretrained}" if self.pretrained else "", f"Scratch-B at most x{self.cap:g}" if self.cap else ""]
     return ", ".join([self.method, *filter(None, extra)])
 

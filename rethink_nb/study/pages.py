@@ -138,10 +138,10 @@ def commands(self:Trial) -> list[str]:
     "The commands that make these studies again"
     return [command(s, self.store) for s in self.studies]
 
-# %% ../../nbs/study/pages.ipynb #963fdfc1
+# %% ../../nbs/study/pages.ipynb #2dd271ba
 def command(s:Study, store:Store) -> str:
     "The command that carries a study out"
-    words = ["rethink-nb", "run", s.method, "--data", s.data, "--arch", s.arch, *(["--prices", ",".join(map(str, s.prices))] if s.prices else ["--ratio", ",".join(map(str, s.ratios))]), "--seeds", str(s.seeds), "--scale", s.scale, "--precision", s.precision]
+    words = ["rethink-nb", "run", s.method, "--data", s.data, "--arch", s.arch, *(["--prices", ",".join(map(str, s.prices))] if s.prices else ["--target", s.target] if s.target else ["--ratio", ",".join(map(str, s.ratios))]), "--seeds", str(s.seeds), "--scale", s.scale, "--precision", s.precision]
     words += ["--arms", ",".join(s.arms)] if s.arms != USUAL[s.prunes] else []
     for k in ("epochs", "subset", "margin"): words += [f"--{k}", str(getattr(s, k))] if getattr(s, k) is not None else []
     for k in ("options", "training"): words += [f"--{k}", _pairs(getattr(s, k))] if getattr(s, k) else []

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['DataRef', 'Run']
 
-# %% ../../nbs/study/step.ipynb #02a0ca8c
+# %% ../../nbs/study/step.ipynb #9cb87505
 from fastcore.basics import patch
 
 from ..arch.spec import Arch
-from ..core.record import Record
+from ..core.record import Record, remembered
 from ..training.recipe import Recipe
 
 # %% ../../nbs/study/step.ipynb #7344fa46
@@ -56,8 +56,9 @@ def befores(self:Run) -> list[Run]:
     "The runs whose results it needs at hand"
     return [r for r in (self.start, self.shape, self.init) if r]
 
-# %% ../../nbs/study/step.ipynb #c3053e21
+# %% ../../nbs/study/step.ipynb #5b73a029
 @patch
+@remembered
 def lineage(self:Run) -> list[Run]:
     "The run and all that it hangs on, first things first"
     before = [x for b in self.befores() for x in b.lineage()]

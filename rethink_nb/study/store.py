@@ -5,10 +5,13 @@
 # %% auto #0
 __all__ = ['Store', 'environment']
 
-# %% ../../nbs/study/store.ipynb #08a27951
+# %% ../../nbs/study/store.ipynb #87cd27db
 import hashlib, json, os, platform, shutil
+from collections.abc import Iterable
 from datetime import datetime, timezone
+from io import StringIO
 from pathlib import Path
+from stat import S_ISREG
 
 import torch
 from fastcore.basics import patch
@@ -28,22 +31,35 @@ from ..surgery.saved import load, read_weights, save
 from ..training.checkpoint import CHECKPOINTS
 from ..training.ledger import Cost
 
-# %% ../../nbs/study/store.ipynb #39bf0b15
+# %% ../../nbs/study/store.ipynb #5c9d6951
 class Store:
     "A folder of run folders"
-    def __init__(self, path="runs"): self.path = folder(path, "store")
+    def __init__(self, path="runs"): self.path, self.read = folder(path, "store"), {} # records that were read, by id, with the file's marks
     def __repr__(self): return f"Store({str(self.path)!r}: {len(self.ids())} runs)"
     def __truediv__(self, name): return self.path/name
     def ids(self) -> list[str]:
         "Ids of all run folders"
         return sorted(p.parent.name for p in self.path.glob("*/record.json") if not p.parent.name.startswith("."))
 
-# %% ../../nbs/study/store.ipynb #3866b968
+# %% ../../nbs/study/store.ipynb #45128c4c
 @patch
 def record(self:Store, id:str) -> dict | None:
-    "The record of a run, None when there is none; a damaged one is refused by its name"
+    "The record of a run, None when there is none; a damaged one is refused by its name. It is read once, and again when the file has changed: leave it as it is"
     path = self/id/"record.json"
-    if not path.is_file(): return None
+    if (marks := _marks(path)) is None: return None
+    if id not in self.read or self.read[id][0] != marks: self.read[id] = marks, _checked(path, id)
+    return self.read[id][1]
+
+# %% ../../nbs/study/store.ipynb #c072faee
+def _marks(path:Path) -> tuple | None: # None: there is no such file
+    "What tells a file from the one that was there before"
+    try: at = path.stat()
+    except (FileNotFoundError, NotADirectoryError): return None
+    return (at.st_mtime_ns, at.st_size, at.st_ino) if S_ISREG(at.st_mode) else None
+
+# %% ../../nbs/study/store.ipynb #ecc093c6
+def _checked(path:Path, id:str) -> dict:
+    "A record from its file"
     found = read_json(path)
     if not isinstance(found, dict) or "id" not in found: raise UserError(f"{path}: damaged: not a record; remove the folder {path.parent} to have it run again")
     if found["id"] != id: raise UserError(f"{path}: the record of run {found['id']}: the folder was copied or renamed; give it that name")
@@ -131,6 +147,38 @@ def curve(self:Store, id:str):
     path = self/id/"curve.csv"
     try: return read_csv(path) if path.is_file() else DataFrame()
     except (errors.ParserError, errors.EmptyDataError, UnicodeDecodeError): raise UserError(f"{path}: damaged; remove the folder {path.parent} to have it run again") from None
+
+# %% ../../nbs/study/store.ipynb #aa038296
+@patch
+def curves(self:Store, ids:Iterable[str]):
+    "The epochs of many runs as one DataFrame, their ids in the column `run`"
+    from pandas import DataFrame, concat, errors, read_csv
+    by_head = {}
+    for id in ids:
+        try: head, _, body = (self/id/"curve.csv").read_text(encoding="utf-8").partition("\n")
+        except FileNotFoundError: continue
+        except UnicodeDecodeError: self.curve(id) # says which
+        by_head.setdefault(head, []).append((id, body))
+    try: parts = [read_csv(StringIO("\n".join([f"run,{head}", *(f"{id},{row}" for id, body in some for row in body.splitlines())])), dtype=dict(run=str)) for head, some in by_head.items()]
+    except errors.ParserError:
+        for id in ids: self.curve(id) # says which
+        raise
+    return concat([p for p in parts if len(p)], ignore_index=True) if any(map(len, parts)) else DataFrame()
+
+# %% ../../nbs/study/store.ipynb #39c52e4a
+@patch
+def frame(self:Store):
+    "One row a run as a DataFrame: what it was, how it ended, its final numbers (`final_`) and its cost (`cost_`); damaged records are left out, `records` names them"
+    from pandas import DataFrame
+    return DataFrame([_flat(r) for r in self.records()[0]])
+
+# %% ../../nbs/study/store.ipynb #f7b95ac0
+def _flat(record:dict) -> dict:
+    "A record as one row"
+    run = record["run"]
+    numbers = {f"{name}_{k}": v for part, name in (("metrics", "final"), ("cost", "cost")) for k, v in record.get(part, {}).items() if not isinstance(v, list)}
+    return dict(run=record["id"], group=record.get("group", ""), start=record.get("start", ""), status=record["status"], kind=run["kind"], data=run["data"]["name"], method=run.get("method", ""), seed=run.get("seed", 0),
+                **{k: record.get(k) for k in ("epochs", "params", "macs", "flops")}, **numbers, error=record.get("error", ""), version=record.get("version", ""), written=record.get("written", ""))
 
 # %% ../../nbs/study/store.ipynb #859b6f9f
 @patch

@@ -46,11 +46,12 @@ def parent_study(
     same = ("data", "arch", "scale", "epochs", "subset", "width", "precision", "alpha", "recipe_name", "training", "reference")
     return Study(**added, **{k: getattr(s, k) for k in same}, arms=("parent",), seeds=1, first_seed=seed)
 
-# %% ../../nbs/study/tasks.ipynb #89bf0bfc
+# %% ../../nbs/study/tasks.ipynb #75b54e0f
 def parts_of(s:Study) -> list[Study]:
     "A study for each ratio, or price, and seed"
     of = "prices" if s.prices else "ratios"
-    return [s.replace(**{of: (level,)}, seeds=1, first_seed=seed, primary=()) for level in getattr(s, of) for seed in s.replicates]
+    levels = [{}] if s.target else [{of: (level,)} for level in getattr(s, of)]
+    return [s.replace(**level, seeds=1, first_seed=seed, primary=()) for level in levels for seed in s.replicates]
 
 # %% ../../nbs/study/tasks.ipynb #10ebf117
 def _named(what:str, s:Study, more:str) -> str:
