@@ -288,7 +288,7 @@ def batch(
     if bad: print(f"\n{len(bad)} of {len(results)} notebooks have no result; the same command tries them again", *bad, sep="\n", file=sys.stderr)
     return 1 if bad else None
 
-# %% ../nbs/cli.ipynb #c7eecf28
+# %% ../nbs/cli.ipynb #9136fafd
 @command
 @call_parse
 def status(
@@ -300,7 +300,7 @@ def status(
     from rethink_nb.study.status import is_batch, latest, report, still_running
     from rethink_nb.study.store import Store
     at = Path(out) if out else latest(".")
-    if not at.is_dir(): raise UserError(f"{at}: no such folder")
+    if not at.is_dir(): raise UserError(f"{at}: {'a file, not a folder' if at.exists() else 'no such folder'}")
     told, going = (lambda: report(at), lambda: still_running(at)) if is_batch(at) else (lambda: standing(Store(at)), lambda: at_work(Store(at)))
     print(told())
     while watch and going():

@@ -1,5 +1,5 @@
 "Runs mirrored to TensorBoard and MLflow: the real ones read back, a server that is down or slow, and the command."
-import socket, threading
+import shutil, socket, threading
 
 import pytest
 from conftest import child
@@ -26,7 +26,7 @@ def test_tensorboard(finished):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     study, store = finished
     to = track.tracker("tensorboard", store)
-    assert [track.mirror(to, store), track.mirror(to, store)] == [2, 0]
+    assert [track.mirror(to, store), track.mirror(to, store)] == [(2, {}), (0, {})]
     record = parent_of(study, store)
     seen = EventAccumulator(str(store/"tensorboard"/record["id"])).Reload()
     curve = store.curve(record["id"])
@@ -41,14 +41,14 @@ def test_mlflow(finished, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     study, store = finished
     to = track.tracker("mlflow", store)
-    assert [track.mirror(to, store), track.mirror(track.tracker("mlflow", store), store)] == [2, 0]
+    assert [track.mirror(to, store), track.mirror(track.tracker("mlflow", store), store)] == [(2, {}), (0, {})]
     record, client = parent_of(study, store), mlflow.MlflowClient(f"sqlite:///{store/'mlflow.db'}")
     found, = to.runs(record)
-    assert found.info.status == "FINISHED" and found.data.params["recipe.epochs"] == "2" and found.data.metrics["final.test_acc"] == record["metrics"]["test_acc"]
+    assert found.info.status == "FINISHED" and found.data.params["recipe.epochs"] == "2" and found.data.params["network"] == "vgg-digits" and found.data.metrics["network.macs"] == record["macs"] and found.data.metrics["final.test_acc"] == record["metrics"]["test_acc"]
     assert [m.step for m in client.get_metric_history(found.info.run_id, "val_acc")] == [1, 2]
     assert {"record.json", "curve.csv", "weights.safetensors"} <= {f.path for f in client.list_artifacts(found.info.run_id)}
     client.update_run(found.info.run_id, "RUNNING") # killed while it copied: begun anew
-    assert track.mirror(track.tracker("mlflow", store), store) == 1 and [r.info.status for r in to.runs(record)] == ["FINISHED"]
+    assert track.mirror(track.tracker("mlflow", store), store)[0] == 1 and [r.info.status for r in to.runs(record)] == ["FINISHED"]
 
 
 @pytest.mark.slow
@@ -62,7 +62,7 @@ def test_a_server_that_is_down(answers, tmp_path):
     done = child("rethink-nb", "run", "l1", "--ratio", "0.5", "--seeds", "1", "--epochs", "1", "--arms", "parent,pruned", "--track", "mlflow", "--workers", "1", cwd=tmp_path,
                  MLFLOW_TRACKING_URI=f"http://127.0.0.1:{port}", MLFLOW_HTTP_REQUEST_TIMEOUT="2")
     if answers: door.close()
-    assert done.returncode == 0 and "tracker mlflow: not all runs are there" in done.output and "Traceback" not in done.output, done.output
+    assert done.returncode == 0 and "tracker mlflow: 0 of 2 runs are there" in done.output and "Traceback" not in done.output, done.output
     assert len(Store(tmp_path/"runs").ids()) == 2
 
 
@@ -92,3 +92,15 @@ def test_a_hung_tracker(finished, monkeypatch, capsys):
     monkeypatch.setattr(track, "_REST", .2)
     with track.mirrored(store, store.ids(), "hung"): pass
     assert "it takes longer than" in capsys.readouterr().err
+
+
+def test_a_damaged_run(finished, tmp_path):
+    "It is named, and the others are copied"
+    pytest.importorskip("tensorboard")
+    study, store = finished
+    shutil.copytree(store.path, tmp_path/"runs")
+    shutil.rmtree(tmp_path/"runs"/"tensorboard", ignore_errors=True)
+    copy, bad = Store(tmp_path/"runs"), study.parent_run(0).id
+    (copy/bad/"curve.csv").write_bytes(b"\xff\xfe\x00")
+    copied, wrong = track.mirror(track.tracker("tensorboard", copy), copy)
+    assert copied == 1 and list(wrong) == [bad] and "damaged" in wrong[bad]

@@ -111,12 +111,13 @@ def write(self:Record, path) -> Path:
     "Write the record as JSON, whole or not at all, with its kind and schema number"
     return write_text(path, json.dumps({"record": type(self).__name__, "schema": self.schema, **self.to_dict()}, indent=1) + "\n")
 
-# %% ../../nbs/core/record.ipynb #2d6f8d2e
+# %% ../../nbs/core/record.ipynb #76e49279
 def read_json(path) -> Any:
     "The content of a JSON file; a missing or damaged one is refused by its name"
     try: return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError: raise UserError(f"{path}: no such file") from None
-    except (ValueError, OSError) as e: raise UserError(f"{path}: damaged or not JSON ({e}); remove it or put back a whole copy") from None
+    except OSError as e: raise UserError(f"{path}: cannot be read ({e.strerror})") from None
+    except ValueError as e: raise UserError(f"{path}: damaged or not JSON ({e}); remove it or put back a whole copy") from None
 
 # %% ../../nbs/core/record.ipynb #304bfe45
 @patch(cls_method=True)

@@ -52,12 +52,18 @@ pio.templates["rethink"] = go.layout.Template(layout=dict(
     legend=dict(groupclick="togglegroup", tracegroupgap=2),
     hoverlabel=dict(align="left", bgcolor="white", font=dict(size=13))))
 
-# %% ../../nbs/report/figures.ipynb #9f5902fa
+# %% ../../nbs/report/figures.ipynb #26feb02f
 _along = dict(epoch="epoch", macs="MACs of this training", seconds="seconds of this training")  # of a curve
 _words = {"macs": "MACs", "params": "parameters",
           "total_macs": "MACs from nothing", "lr": "learning rate",
-          "val_acc": "validation accuracy, %", "test_acc": "test accuracy, %", "train_acc": "training accuracy, %", "map50": "mean average precision at half overlap, %",
+          "val_acc": "validation accuracy, %", "test_acc": "test accuracy, %", "train_acc": "training accuracy, %", "map50": "average precision (mAP) at half overlap, %",
           "val_loss": "validation loss", "test_loss": "test loss", "train_loss": "training loss"}
+
+# %% ../../nbs/report/figures.ipynb #2869f629
+def _title(column:str) -> str:
+    "A column's words at the head of a figure"
+    words = _words.get(column, column)
+    return words[0].upper() + words[1:]
 
 # %% ../../nbs/report/figures.ipynb #81c27d17
 def _panelled(frame, ratio=True):
@@ -108,7 +114,7 @@ def _bands(mean, options):
     fig.update_traces(fill="toself", opacity=.18, line_width=0, hoverinfo="skip", hovertemplate=None, showlegend=False)
     return fig.data
 
-# %% ../../nbs/report/figures.ipynb #36fc60d6
+# %% ../../nbs/report/figures.ipynb #785fe7c3
 def fig_curves(curves, # the curve frame
                x="epoch", # epoch, macs or seconds (both since the start of this training)
                y="val_acc", # any measured column
@@ -122,9 +128,9 @@ def fig_curves(curves, # the curve frame
     hover = "<b>%{customdata[1]}</b>, epoch %{customdata[2]}: mean %{y:.2f}<br>%{customdata[0]}<extra></extra>"
     fig.update_traces(hovertemplate=hover)
     fig.add_traces(_bands(mean, options))
-    return _finish(fig, f"{_words.get(y, y).capitalize()}: mean over the seeds, band from lowest to highest")
+    return _finish(fig, f"{_title(y)}: mean over the seeds, band from lowest to highest")
 
-# %% ../../nbs/report/figures.ipynb #8cc24d2e
+# %% ../../nbs/report/figures.ipynb #94a4d9dc
 def fig_arms(frame, # the trial frame
              value="test_acc", # the column shown
              alpha=.05, # the interval covers 1-alpha
@@ -137,7 +143,7 @@ def fig_arms(frame, # the trial frame
     mean = summary(runs, ["net", "cut", "arm"], value, alpha)
     fig = _means(mean.assign(y=mean.arm.map(place) + .12), "mean", "y", options)
     fig.add_traces(_dots(runs.assign(y=runs.arm.map(place) - .22), value, "y", options))
-    fig = _finish(fig, f"{_words.get(value, value).capitalize()}: every run, mean and {1 - alpha:.0%} interval")
+    fig = _finish(fig, f"{_title(value)}: every run, mean and {1 - alpha:.0%} interval")
     fig.for_each_trace(lambda t: t.update(visible="legendonly"), lambda t: t.name in hidden)
     return fig.update_yaxes(tickvals=list(place.values()), ticktext=list(place), range=[.6 - len(place), .6])
 
@@ -157,7 +163,7 @@ def _dots(runs, x, y, options):
     fig = px.scatter(runs, x=x, y=y, color="arm", hover_data=hover, render_mode="svg", **options)
     return fig.update_traces(marker=dict(size=8, opacity=.55), showlegend=False).data
 
-# %% ../../nbs/report/figures.ipynb #462105ae
+# %% ../../nbs/report/figures.ipynb #195544eb
 def fig_accuracy_cost(frame, # the trial frame
                       x="params", # params, macs (of one image) or total_macs (of the training, from nothing)
                       value="test_acc", # the column shown
@@ -172,7 +178,7 @@ def fig_accuracy_cost(frame, # the trial frame
                   labels={"mean": _words.get(value, value), x: _words.get(x, x)}, render_mode="svg", **_options(points, height=330))
     fig.update_traces(marker_size=10, line_width=1.5)
     fig.for_each_trace(lambda t: t.update(visible="legendonly"), lambda t: t.name in hidden)
-    return _finish(fig, f"{_words.get(value, value).capitalize()} over {_words.get(x, x)}: mean and {1 - alpha:.0%} interval")
+    return _finish(fig, f"{_title(value)} over {_words.get(x, x)}: mean and {1 - alpha:.0%} interval")
 
 # %% ../../nbs/report/figures.ipynb #bfb1591b
 def _cost_points(frame, x, value, alpha):

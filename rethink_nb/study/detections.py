@@ -5,21 +5,21 @@
 # %% auto #0
 __all__ = ['Detections']
 
-# %% ../../nbs/study/detections.ipynb #3216ffc4
+# %% ../../nbs/study/detections.ipynb #834562d5
 from dataclasses import replace
 from functools import cached_property
 
 from fastcore.basics import patch
 
 from .cells import Cell, runs_of
-from .detector import detection_run
+from .detector import DETECTORS, detection_run
 from .frames import trial_frame
 from .compared import comparisons
 from .step import Run
 from .trial import Trial
 from ..training.detection import precision_metric
 
-# %% ../../nbs/study/detections.ipynb #a5eb74a9
+# %% ../../nbs/study/detections.ipynb #5be3c5be
 class Detections:
     "A trial's networks as detectors"
     def __init__(self,
@@ -37,7 +37,7 @@ class Detections:
     def __repr__(self): return f"Detections({self.asked['scenes']}: {len(self.runs)} runs, {sum(not self.store.ended(r) for r in self.runs)} to do)"
 
     @cached_property
-    def cells(self) -> list[Cell]: return [*(self._seeing(c) for c in self.trial.cells), *(self._untrained() if self.control else ())]
+    def cells(self) -> list[Cell]: return [replace(c, data=self.asked["scenes"]) for c in [*(self._seeing(c) for c in self.trial.cells), *(self._untrained() if self.control else ())]]
     @cached_property
     def runs(self) -> list[Run]: return runs_of(self.cells)
 
@@ -47,19 +47,23 @@ def _seeing(self:Detections, cell:Cell, **sizes) -> Cell:
     "The same arm, as a detector"
     return replace(cell, run=detection_run(cell.run, seed=cell.seed, precision=self.trial.studies[0].precision, **self.asked, **{**self.sizes, **sizes}))
 
-# %% ../../nbs/study/detections.ipynb #937e0f47
+# %% ../../nbs/study/detections.ipynb #31d0727b
 @patch
 def _untrained(self:Detections) -> list[Cell]:
-    "Detectors around networks that have never been trained, one a seed"
+    "Detectors around networks that have never been trained, one a seed, beside every ratio"
     blank = lambda s, seed: s.parent_run(seed).replace(kind="train", weights="", method="", version=0, request={}, recipe=s.recipe.replace(epochs=0), arch=s.base, seed=seed)
-    cells = {(s.network, seed): Cell(s.data, s.network, s.way, 0., "untrained", seed, blank(s, seed), blank(s, seed)) for s in self.trial.studies for seed in s.replicates}
-    return [self._seeing(c, frozen=False) for c in cells.values()]
+    beside = lambda s: sorted({c.ratio for c in s.cells()} - {0.}) or [0.]
+    cells = [Cell(s.data, s.network, s.way, ratio, "untrained", seed, blank(s, seed), blank(s, seed)) for s in self.trial.studies for ratio in beside(s) for seed in s.replicates]
+    return [self._seeing(c, frozen=False) for c in cells]
 
-# %% ../../nbs/study/detections.ipynb #bf7a7d77
+# %% ../../nbs/study/detections.ipynb #749f7762
 @patch
 def run(self:Detections, workers:int | None=None, device:str="auto", root=None, progress:bool=True) -> Detections:
     "Do what is missing, the trial's own runs too; what failed is told on stderr, the rest goes on"
     precision_metric() # what is not installed is told before anything starts
+    self.trial.check(workers, device, root, self.runs)
+    for r in self.runs:
+        if r.kind == "detect": r.write(self.store/DETECTORS/f"{r.id}.json") # so that the store knows what is still to come
     self.trial.run(workers, device, root, progress, more=self.runs)
     return self
 
@@ -78,12 +82,13 @@ def table(self:Detections):
     from rethink_nb.report.tables import trial_table
     return trial_table(self.frame(), self.trial.alpha, "map50")
 
-# %% ../../nbs/study/detections.ipynb #458e102c
+# %% ../../nbs/study/detections.ipynb #fd717b9e
 @patch
 def verdicts(self:Detections):
     "One row a comparison of two arms"
     from rethink_nb.report.stats import verdicts
-    return verdicts(self.frame(), [*comparisons({c.arm for c in self.cells}), ("parent", "untrained")], self.trial.points, self.trial.alpha, value="map50")
+    arms = list(dict.fromkeys(c.arm for c in self.cells))
+    return verdicts(self.frame(), [*comparisons(arms), *((a, "untrained") for a in arms if a != "untrained")], self.trial.points, self.trial.alpha, value="map50")
 
 # %% ../../nbs/study/detections.ipynb #53320df2
 @patch
@@ -91,3 +96,26 @@ def statements(self:Detections) -> list[str]:
     "One line a comparison"
     from rethink_nb.report.stats import statement
     return [statement(row) for _, row in self.verdicts().iterrows()]
+
+# %% ../../nbs/study/detections.ipynb #73250415
+@patch
+def unfinished(self:Detections) -> str:
+    "A line on cells without a result, and why; empty when there are none"
+    errors = {r: (self.store.record(r) or {}).get("error", "") for r in dict.fromkeys(c.run.id for c in self.cells) if self.store.status(r) != "done"}
+    why = "; ".join(dict.fromkeys(filter(None, errors.values())))
+    return f"{len(errors)} detectors have no result{f': {why}' if why else ''}" if errors else ""
+
+# %% ../../nbs/study/detections.ipynb #a78e1325
+@patch
+def figure(self:Detections):
+    "A dot a detector, mean and interval of each arm; a line of text where there is none yet"
+    from rethink_nb.report.figures import fig_arms
+    frame = self.frame()
+    return fig_arms(frame, "map50", self.trial.alpha) if (frame.status == "done").any() else self.unfinished()
+
+# %% ../../nbs/study/detections.ipynb #a7d5aba1
+@patch
+def best(self:Detections) -> Cell | None:
+    "The detector of the highest precision"
+    frame = self.frame()
+    return self.cells[frame.map50.idxmax()] if frame.map50.notna().any() else None

@@ -5,24 +5,25 @@
 # %% auto #0
 __all__ = ['standing_of', 'standing_frame', 'standing', 'at_work']
 
-# %% ../../nbs/study/standing.ipynb #efeb82c5
+# %% ../../nbs/study/standing.ipynb #49feec7b
 from collections import Counter
 
 from filelock import Timeout
 
 from ..core.errors import UserError
-from .cells import runs_of
+from .cells import Cell, runs_of
+from .detector import DETECTORS
 from .estimate import estimate, in_words, pace
 from .step import Run
 from .store import Store
 from .trial import stored_trials
 
-# %% ../../nbs/study/standing.ipynb #648d033f
+# %% ../../nbs/study/standing.ipynb #bf42eadf
 def standing_of(run:Run, store:Store) -> str: # done, diverged, damaged, failed, running or waiting
     "How a run stands"
     found = store.status(run.id)
     if found in ("done", "diverged", "damaged"): return found
-    if store.progress(run.id) and _held(run, store): return "running"
+    if store.work(run).is_dir() and _held(run, store): return "running"
     return "waiting" if found == "missing" else found
 
 # %% ../../nbs/study/standing.ipynb #769589a5
@@ -33,28 +34,41 @@ def _held(run:Run, store:Store) -> bool:
     except OSError: return True # not ours to try: another user's
     return False
 
-# %% ../../nbs/study/standing.ipynb #11946978
+# %% ../../nbs/study/standing.ipynb #020498d6
 def standing_frame(store:Store):
     "One row a run of the studies in a store: what it does, how it stands, how far it is, and why it failed, as a DataFrame"
     from pandas import DataFrame
-    runs = {r.id: r for t in stored_trials(store, ()) for r in runs_of(t.cells)}
+    runs = {r.id: r for r in [*(r for t in stored_trials(store, ()) for r in runs_of(t.cells)), *_detectors(store)]}
     if not runs: raise UserError(f"{store.path} holds no study and no batch: give the folder that was named when the runs were made")
     return DataFrame([_row(r, store) for r in runs.values()], columns=["run", "what", "status", "now", "error"])
 
-# %% ../../nbs/study/standing.ipynb #e0774590
+# %% ../../nbs/study/standing.ipynb #980bf862
+def _detectors(store:Store) -> list[Run]:
+    "The detectors that were asked for, and all that they hang on"
+    return runs_of([Cell("", "", "", 0., "", 0, r, r) for r in map(Run.read, sorted((store/DETECTORS).glob("*.json")))])
+
+# %% ../../nbs/study/standing.ipynb #44311dbd
+def _error(run:Run, store:Store, status:str) -> str:
+    "Why there is no result"
+    if status in ("failed", "diverged"): return store.record(run.id).get("error", "")
+    try: store.record(run.id)
+    except UserError as e: return str(e)
+    return ""
+
+# %% ../../nbs/study/standing.ipynb #551d073f
 def _row(run:Run, store:Store) -> dict:
     status = standing_of(run, store)
-    far, error = store.progress(run.id) if status == "running" else None, store.record(run.id)["error"] if status in ("failed", "diverged") else ""
+    far, error = store.progress(run.id) if status == "running" else None, _error(run, store, status)
     return dict(run=run.id, what=run.label, status=status, now=f"epoch {far['epoch']} of {far['epochs']}" if far else "", error=error)
 
-# %% ../../nbs/study/standing.ipynb #82d3f88e
+# %% ../../nbs/study/standing.ipynb #ceb1250e
 def standing(store:Store) -> str:
     "A line that sums it up, what is running, and the error of each failure"
     frame = standing_frame(store)
     n = Counter(frame.status)
     words = ", ".join(f"{n[k]} {k}" for k in ("done", "running", "failed", "diverged", "damaged", "waiting") if n[k])
-    now = [f"{r.what}: {r.now}" for r in frame[frame.status == "running"].itertuples()]
-    wrong = [f"{r.what}  {r.status}: {r.error}" for r in frame[frame.status.isin(["failed", "diverged"])].itertuples()]
+    now = [f"{r.what}: {r.now or 'first epoch'}" for r in frame[frame.status == "running"].itertuples()]
+    wrong = [f"{r.what}  {r.status}: {r.error}" for r in frame[frame.status.isin(["failed", "diverged", "damaged"])].itertuples()]
     return "\n".join([f"{words} of {len(frame)} runs{_left(store) if n['running'] or n['waiting'] else ''}", *now, *wrong])
 
 # %% ../../nbs/study/standing.ipynb #af2160bb
@@ -62,9 +76,11 @@ def at_work(store:Store) -> bool:
     "Whether a run of its studies is under way"
     return (standing_frame(store).status == "running").any()
 
-# %% ../../nbs/study/standing.ipynb #4e5b2115
+# %% ../../nbs/study/standing.ipynb #f0e36357
 def _left(store:Store) -> str:
     "What the missing runs cost one after another, at the pace of the finished ones"
     studies = [s for t in stored_trials(store, ()) for s in t.studies]
     each, e = pace(store, [r for s in studies for r in runs_of(s.cells())]), estimate(studies, store)
-    return f"; {in_words(each*e.low, each*e.high)} of training left, one after another" if each and e.high else ""
+    seeing = sum(standing_of(r, store) in ("waiting", "running", "failed") for r in _detectors(store) if r.kind == "detect")
+    more = f"{' and' if each and e.high else ';'} {seeing} detectors" if seeing else ""
+    return (f"; {in_words(each*e.low, each*e.high)} of training left, one after another" if each and e.high else "") + more

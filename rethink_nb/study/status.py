@@ -40,11 +40,11 @@ def is_batch(out) -> bool:
     "Whether a folder is one of a batch"
     return (Path(out)/_PLAN).is_file()
 
-# %% ../../nbs/study/status.ipynb #bd2edfc2
+# %% ../../nbs/study/status.ipynb #66948263
 def read_plan(out) -> dict:
     "What there is to do"
     plan = read_json(Path(out)/_PLAN) if is_batch(out) else None
-    if not isinstance(plan, dict) or not {"title", "store", "tasks"} <= plan.keys(): raise UserError(f"{out} is no folder of a batch: it has no {_PLAN} of one; give the folder that `rethink-nb batch` named")
+    if not isinstance(plan, dict) or not {"title", "store", "tasks"} <= plan.keys() or not all(isinstance(t, dict) and {"name", "id", "runs"} <= t.keys() for t in plan["tasks"]): raise UserError(f"{out} is no folder of a batch: it has no {_PLAN} of one; give the folder that `rethink-nb batch` named")
     return plan
 
 # %% ../../nbs/study/status.ipynb #9f53f163

@@ -65,19 +65,22 @@ def lineage(self:Run) -> list[Run]:
     if len(self.befores()) > 1: before = list({r.id: r for r in before}.values()) # two may hang on one
     return [*before, self]
 
-# %% ../../nbs/study/step.ipynb #90bd4282
+# %% ../../nbs/study/step.ipynb #9c37939d
 @patch(as_prop=True)
 def label(self:Run) -> str:
     "A few words for progress bars and messages"
+    if self.kind == "detect": return f"{self.data.name}: {_many(self.recipe.epochs, 'epoch')} as a detector{'' if self.request.get('frozen', True) else ' with live batch norm'}, seed {self.seed}, around [{self.start.label}]"
     arch = self.arch or self.lineage()[0].arch
     return f"{self.data.name}, {arch.family} {'pruned' if self.arch is None else f'{arch.count().params:,} params'}: {_what(self)}, seed {self.seed}"
 
-# %% ../../nbs/study/step.ipynb #24d0c3b0
+# %% ../../nbs/study/step.ipynb #4c196691
+def _many(n:int, what:str) -> str: return f"{n} {what}{'' if n == 1 else 's'}"
+
+# %% ../../nbs/study/step.ipynb #bd966ffb
 def _what(r:Run) -> str:
     "What a run does, in a few words"
-    if r.kind == "detect": return f"{r.recipe.epochs} epochs as a detector"
     if r.kind == "given": return f"given network {r.weights[:8]}"
     if r.kind == "prune": return f"prune by {r.method} {r.request.get('ratio', '')}".strip()
     epochs = next((n for n in (r.recipe.first, r.recipe.last) if n is not None), r.recipe.epochs)
-    length = f"{r.recipe.stop} steps" if r.recipe.stop is not None else f"{epochs} epochs{' or more' if r.budget else ''}"
+    length = _many(r.recipe.stop, "step") if r.recipe.stop is not None else f"{_many(epochs, 'epoch')}{' or more' if r.budget else ''}"
     return f"{length} {'after pruning' if r.start else 'from scratch'}{f' with {r.method}' if r.method else ''}"

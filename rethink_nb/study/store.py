@@ -50,18 +50,19 @@ def record(self:Store, id:str) -> dict | None:
     if id not in self.read or self.read[id][0] != marks: self.read[id] = marks, _checked(path, id)
     return self.read[id][1]
 
-# %% ../../nbs/study/store.ipynb #c072faee
+# %% ../../nbs/study/store.ipynb #fe2e6c86
 def _marks(path:Path) -> tuple | None: # None: there is no such file
     "What tells a file from the one that was there before"
     try: at = path.stat()
     except (FileNotFoundError, NotADirectoryError): return None
+    except OSError as e: raise UserError(f"{path}: cannot be read ({e.strerror})") from None
     return (at.st_mtime_ns, at.st_size, at.st_ino) if S_ISREG(at.st_mode) else None
 
-# %% ../../nbs/study/store.ipynb #ecc093c6
+# %% ../../nbs/study/store.ipynb #d282c7ef
 def _checked(path:Path, id:str) -> dict:
     "A record from its file"
     found = read_json(path)
-    if not isinstance(found, dict) or "id" not in found: raise UserError(f"{path}: damaged: not a record; remove the folder {path.parent} to have it run again")
+    if not isinstance(found, dict) or "id" not in found or found.get("status") not in ("done", "diverged", "failed"): raise UserError(f"{path}: damaged: not a record; remove the folder {path.parent} to have it run again")
     if found["id"] != id: raise UserError(f"{path}: the record of run {found['id']}: the folder was copied or renamed; give it that name")
     return found
 

@@ -5,27 +5,31 @@
 # %% auto #0
 __all__ = ['trackers', 'told_of', 'TensorBoard', 'MLflow', 'tracker', 'mirror', 'mirrored']
 
-# %% ../../nbs/study/track.ipynb #9a832937
-import json, os, shutil, sys, threading
+# %% ../../nbs/study/track.ipynb #f3e8440c
+import json, logging, os, shutil, sys, threading
 from collections.abc import Iterable
 from contextlib import contextmanager
 from datetime import datetime
 from importlib.util import find_spec
 
+from ..arch.zoo import name_of
 from ..core.errors import UserError
 from ..core.files import write_text
 from ..core.registry import Registry
 from .step import Run
 from .store import Store
 
-# %% ../../nbs/study/track.ipynb #55c74951
+# %% ../../nbs/study/track.ipynb #9d810553
 def told_of(record:dict) -> tuple[dict[str, str], dict[str, float]]: # parameters, final numbers
     "What a tracker is told of a run"
-    run = record["run"]
-    flat = {k: str(v) for k, v in run.items() if not isinstance(v, dict)} | {"data": run["data"]["name"]}
-    flat |= {f"{part}.{k}": str(v) for part in ("recipe", "request") for k, v in run.get(part, {}).items()}
-    numbers = {**{f"final.{k}": v for k, v in record.get("metrics", {}).items()}, **{f"cost.{k}": v for k, v in record.get("cost", {}).items()}, **{k: record[k] for k in ("params", "macs", "flops") if k in record}}
-    return flat, {k: float(v) for k, v in numbers.items() if _number(v)}
+    run = Run.from_dict(record["run"])
+    first, pruned = run.lineage()[0], [r for r in run.lineage() if r.kind == "prune"]
+    told = dict(kind=run.kind, data=run.data.name, subset=run.data.subset or "all", network=name_of(first.arch) or first.arch.family, pruned=bool(pruned) or run.arch is not None and run.arch != first.arch, seed=run.seed, parent_seed=first.seed)
+    if run.kind != "prune": told["starts_from"] = {"prune": "pruned weights", "train": "trained weights", "given": "given weights"}[run.start.kind] if run.start else "random weights"
+    if pruned: told |= dict(method=pruned[-1].method, **{f"asked.{k}": v for k, v in pruned[-1].request.items()})
+    told |= {f"recipe.{k}": v for k, v in (run.recipe.to_dict() if run.recipe else {}).items()} | {f"request.{k}": v for k, v in run.request.items()}
+    numbers = {f"{name}.{k}": v for part, name in (("metrics", "final"), ("cost", "cost")) for k, v in record.get(part, {}).items()} | {f"network.{k}": record[k] for k in ("params", "macs", "flops") if k in record}
+    return {k: str(v) for k, v in told.items()}, {k: float(v) for k, v in numbers.items() if _number(v)}
 
 # %% ../../nbs/study/track.ipynb #ba4fa593
 def _number(v) -> bool:
@@ -60,7 +64,7 @@ class TensorBoard:
         shutil.rmtree(end, ignore_errors=True)
         os.replace(part, end)
 
-# %% ../../nbs/study/track.ipynb #07ebeecf
+# %% ../../nbs/study/track.ipynb #c04a3e72
 class MLflow:
     "Runs of an experiment `rethink_nb`"
     package = "mlflow"
@@ -71,7 +75,9 @@ class MLflow:
 
     def open(self):
         "Reach the server, and make the experiment"
+        for name in ("mlflow", "alembic"): logging.getLogger(name).setLevel(logging.CRITICAL) # what goes wrong is told by who asks
         from mlflow import MlflowClient
+        if not os.environ.get("MLFLOW_TRACKING_URI") and not os.access(self.store.path, os.W_OK): raise UserError(f"{self.store.path} cannot be written to: name a server by MLFLOW_TRACKING_URI")
         own, db = os.environ.get("MLFLOW_TRACKING_URI", ""), (self.store/"mlflow.db").resolve()
         client = MlflowClient(own or f"sqlite:///{db}")
         found = client.get_experiment_by_name("rethink_nb")
@@ -88,7 +94,7 @@ class MLflow:
         for r in self.runs(record): self.client.delete_run(r.info.run_id)
         params, numbers = told_of(record)
         when = int(1000*datetime.fromisoformat(record["written"]).timestamp())
-        id = self.client.create_run(self.experiment, when, {"rethink_nb.id": record["id"], "rethink_nb.group": record["group"], "rethink_nb.start": record["start"], "rethink_nb.written": record["written"]}, _label(record)).info.run_id
+        id = self.client.create_run(self.experiment, when - int(1000*record.get("cost", {}).get("seconds", 0)), {"rethink_nb.id": record["id"], "rethink_nb.group": record["group"], "rethink_nb.start": record["start"], "rethink_nb.written": record["written"]}, _label(record)).info.run_id
         points = [Metric(k, v, when, epoch) for epoch, row in _rows(self.store, record["id"]) for k, v in row.items()] + [Metric(k, v, when, 0) for k, v in numbers.items()]
         self.client.log_batch(id, params=[Param(k, v[:500]) for k, v in list(params.items())[:100]])
         for i in range(0, len(points), 1000): self.client.log_batch(id, metrics=points[i:i + 1000]) # as many as a call takes
@@ -112,24 +118,26 @@ def tracker(name:str, store:Store):
     if find_spec(kind.package) is None: raise UserError(f"tracker {name} is not installed: pip install 'rethink_nb[track]'")
     return kind(store)
 
-# %% ../../nbs/study/track.ipynb #2fe6c1ed
+# %% ../../nbs/study/track.ipynb #c2fbea5f
 def mirror(
     to, # a tracker
     store:Store,
     ids:Iterable[str] | None=None, # of runs; None: all
     known:set | None=None, # what was found there before is not asked for again
-) -> int: # how many were copied now
+) -> tuple[int, dict[str, str]]: # how many were copied now; why others could not be, by id
     "Copy what has ended and is not there yet"
-    copied, known = 0, set() if known is None else known
+    copied, wrong, known = 0, {}, set() if known is None else known
     for id in store.ids() if ids is None else ids:
         if store.status(id) not in ("done", "diverged", "failed"): continue
         record = store.record(id)
         if (id, record["written"]) in known: continue
-        if not to.has(record):
-            to.put(record)
-            copied += 1
-        known.add((id, record["written"]))
-    return copied
+        try:
+            if not to.has(record):
+                to.put(record)
+                copied += 1
+            known.add((id, record["written"]))
+        except UserError as e: wrong[id] = str(e)
+    return copied, wrong
 
 # %% ../../nbs/study/track.ipynb #f537626e
 _EVERY, _REST = 3., 60. # seconds
@@ -147,7 +155,7 @@ def mirrored(
     try: yield
     finally: m.finish()
 
-# %% ../../nbs/study/track.ipynb #52729a14
+# %% ../../nbs/study/track.ipynb #c7915433
 class _Mirror(threading.Thread):
     "Copies until it is told that no more will come, and then once more"
     def __init__(self, to, store:Store, ids:list[str], name:str):
@@ -159,16 +167,16 @@ class _Mirror(threading.Thread):
         self.copy()
 
     def copy(self):
-        try: mirror(self.to, self.store, self.ids, self.known)
-        except Exception as e: # a server that is down, a full disk: the runs are safe in the store
-            if not self.trouble: print(f"tracker {self.name}: {_first_line(e)}; the runs go on", file=sys.stderr)
-            self.trouble = _first_line(e)
-        else: self.trouble = ""
+        try: wrong = mirror(self.to, self.store, self.ids, self.known)[1]
+        except Exception as e: trouble = _first_line(e) # a server that is down, a full disk: the runs are safe in the store
+        else: trouble = "; ".join(wrong.values())
+        if trouble and not self.trouble: print(f"tracker {self.name}: {trouble}; the runs go on", file=sys.stderr)
+        self.trouble = trouble
 
     def finish(self):
         self.over.set()
         self.join(_REST)
-        if self.is_alive() or self.trouble: print(f"tracker {self.name}: not all runs are there ({self.trouble or f'it takes longer than {_REST:.0f} s'}); the same command copies the rest", file=sys.stderr)
+        if self.is_alive() or self.trouble: print(f"tracker {self.name}: {len(self.known)} of {len(self.ids)} runs are there ({self.trouble or f'it takes longer than {_REST:.0f} s'}); the same command tries the rest again", file=sys.stderr)
 
 # %% ../../nbs/study/track.ipynb #3c1500e4
 def _first_line(e:Exception) -> str:

@@ -29,7 +29,7 @@ from .recipe import Recipe
 from .scenes import Scene, Scenes
 from .transfer import in_channels
 
-# %% ../../nbs/training/detection.ipynb #10f87b17
+# %% ../../nbs/training/detection.ipynb #c6c6ae96
 class Detector(Record, frozen=True):
     "Sizes of a Faster R-CNN"
     side: int # pixels, to which an image's shorter side is brought
@@ -45,7 +45,9 @@ class Detector(Record, frozen=True):
 
     def __post_init__(self):
         check_types(self)
-        if min(self.side, self.longest, self.pool, self.hidden, self.proposals, self.samples, *self.sizes, *self.ratios) <= 0 or not self.sizes or not self.ratios: raise UserError(f"a detector needs numbers above 0: {self}")
+        for k in ("side", "longest", "pool", "hidden", "proposals", "samples", "sizes", "ratios"):
+            found = getattr(self, k)
+            if not found or not all(0 < v < float("inf") for v in (found if isinstance(found, tuple) else (found,))): raise UserError(f"a detector's {k} {found}: give {'numbers' if isinstance(found, tuple) else 'a number'} above 0")
         if self.longest < self.side: raise UserError(f"longest {self.longest}: give at least side, {self.side}")
 
 # %% ../../nbs/training/detection.ipynb #5051a717
@@ -72,15 +74,16 @@ class Backbone(nn.Module):
 
     def forward(self, x:torch.Tensor) -> torch.Tensor: return self.net.maps(x)
 
-# %% ../../nbs/training/detection.ipynb #f4845af4
+# %% ../../nbs/training/detection.ipynb #866fc36e
 def _channels(net:nn.Module) -> int:
     "How many maps a network makes; what has none, or only for images of one size, is refused"
-    arch = net.arch
+    arch = getattr(net, "arch", None)
+    if arch is None: raise UserError(f"{type(net).__name__} has no .arch: a detector is built around a network of this package")
     if not hasattr(net, "maps"): raise UserError(f"family {arch.family} has no maps(x), what comes before its classifier, on which a detector looks")
     if fixed := [c.at for c in arch.constants if max(c.shape[1:], default=1) > 1]: raise UserError(f"{fixed[0]} adds a constant map, which fits images of {arch.input[1]}x{arch.input[2]} pixels alone: such a network cannot look at scenes")
     with evaluating(net), torch.no_grad(): return net.maps(torch.zeros(1, *arch.input, device=next(net.parameters()).device)).shape[1]
 
-# %% ../../nbs/training/detection.ipynb #33a84c64
+# %% ../../nbs/training/detection.ipynb #fced31d2
 def detector(
     net:nn.Module, # with its `.arch`; its weights are shared
     classes:int,
@@ -94,6 +97,8 @@ def detector(
     from torchvision.models.detection.rpn import AnchorGenerator
     from torchvision.ops import MultiScaleRoIAlign
     backbone = Backbone(net, d.frozen)
+    if classes < 1: raise UserError(f"{classes} classes: give at least 1")
+    if {len(mean), len(std)} != {net.arch.input[0]}: raise UserError(f"mean and std have {len(mean)} and {len(std)} numbers, where the network reads {net.arch.input[0]} channels")
     with seeded(seed, "detector"):
         return FasterRCNN(backbone, min_size=d.side, max_size=d.longest, image_mean=list(mean), image_std=list(std), size_divisible=8, # one map, not a pyramid
                           rpn_anchor_generator=AnchorGenerator((d.sizes,), (d.ratios,)), rpn_pre_nms_top_n_train=2*d.proposals, rpn_pre_nms_top_n_test=d.proposals, rpn_post_nms_top_n_train=2*d.proposals, rpn_post_nms_top_n_test=d.proposals,
@@ -126,7 +131,7 @@ def _loss(model:nn.Module, scenes:list[Scene], r:Recipe, seed:int, epoch:int, st
     images, wanted = zip(*(_prepared(s, model.backbone.net.arch.input[0], device, bool(f)) for s, f in zip(scenes, flips)))
     with _drawn_by(device, seed, "boxes", epoch, step), autocast(device, r.precision): return sum(model(list(images), list(wanted)).values())
 
-# %% ../../nbs/training/detection.ipynb #29679ad4
+# %% ../../nbs/training/detection.ipynb #39793ecd
 def train_detector(
     model:nn.Module, # of `detector`; trained in place
     scenes:Scenes,
@@ -141,6 +146,8 @@ def train_detector(
 ) -> tuple[list[dict], Cost]: # one row an epoch; MACs are those of the network within, on images of d.side a side
     "Train a detector by a recipe"
     device, callbacks = pick_device(device), list(callbacks)
+    if not len(scenes.train): raise UserError(f"{scenes.name} has no scenes to train on")
+    if (told := model.roi_heads.box_predictor.cls_score.out_features - 1) != len(scenes.classes): raise UserError(f"the detector was made for {told} classes, and {scenes.name} has {len(scenes.classes)}")
     r = resolved(r, device)
     model.to(device)
     call_all(callbacks, "prepare", model.backbone.net)
@@ -194,7 +201,7 @@ def _where(noted:list[str], epoch:int, step:str, saver:Saver) -> str:
     "Where it was stopped, and what that means"
     return f"stopped by {noted[0]} in epoch {epoch}{step}: {'all is saved, and the same call goes on from there' if saver.path else 'no checkpoint was named, so the training is lost'}"
 
-# %% ../../nbs/training/detection.ipynb #0b992462
+# %% ../../nbs/training/detection.ipynb #7b39c068
 def mean_precision(
     model:nn.Module, # of `detector`
     scenes:Sequence[Scene],
@@ -202,6 +209,7 @@ def mean_precision(
     precision:str="fp32",
 ) -> dict[str, float]: # map, map50, map75 in percent
     "Mean average precision over the classes that occur"
+    if not len(scenes) or size < 1: raise UserError(f"{len(scenes)} scenes, {size} a batch: give at least one of each")
     metric, device, channels = precision_metric(), next(model.parameters()).device, model.backbone.net.arch.input[0]
     with evaluating(model), torch.no_grad():
         for start in range(0, len(scenes), size):
@@ -220,13 +228,14 @@ def precision_metric():
         return MeanAveragePrecision(iou_type="bbox")
     except ImportError as e: raise UserError(f"detectors are judged by torchmetrics ({str(e).splitlines()[0]}): pip install 'rethink_nb[detection]'") from None
 
-# %% ../../nbs/training/detection.ipynb #45ade070
+# %% ../../nbs/training/detection.ipynb #5b78fd31
 def seen(
     model:nn.Module, # of `detector`
     s:Scene,
     least:float=.5, # score of what is told
+    most:int | None=None, # boxes, the surest ones; None: all
 ) -> Scene:
     "The scene with the boxes that a detector finds in it"
     with evaluating(model), torch.no_grad(): found = model([_prepared(s, model.backbone.net.arch.input[0], next(model.parameters()).device)[0]])[0]
-    sure = (found["scores"] >= least).cpu()
-    return Scene(s.image, found["boxes"].cpu()[sure], found["labels"].cpu()[sure] - 1, torch.zeros(int(sure.sum()), dtype=torch.bool))
+    sure = (found["scores"] >= least).nonzero().flatten().cpu()[:most] # torchvision gives the surest first
+    return Scene(s.image, found["boxes"].cpu()[sure], found["labels"].cpu()[sure] - 1, torch.zeros(len(sure), dtype=torch.bool))

@@ -86,12 +86,13 @@ def digit_canvases(
     for s in (s for part in parts for s in part): digest.update(s.image.numpy().tobytes() + s.boxes.numpy().tobytes() + s.labels.numpy().tobytes())
     return *parts, digest.hexdigest()
 
-# %% ../../nbs/training/scenes.ipynb #93a90b0f
+# %% ../../nbs/training/scenes.ipynb #17093a47
 def figure(
     scenes:Sequence[Scene],
     classes:Sequence[str], # names
 ):
     "Scenes with their boxes, side by side, as a plotly figure"
+    if not len(scenes): raise UserError("no scene to draw")
     import plotly.graph_objects as go
     from plotly.subplots import make_subplots
     fig = make_subplots(1, len(scenes))
@@ -117,12 +118,12 @@ def _voc_scene(
     return Scene(pil_to_tensor(image.convert("RGB")), boxes, torch.tensor([_VOC.index(o["name"]) for o in objects], dtype=torch.long),
                  torch.tensor([o.get("difficult", "0") == "1" for o in objects], dtype=torch.bool))
 
-# %% ../../nbs/training/scenes.ipynb #159b0fcd
+# %% ../../nbs/training/scenes.ipynb #16219037
 class _FromDisk(Sequence):
     "Scenes that are read when they are asked for"
     def __init__(self, found): self.found = found # torchvision's VOCDetection
     def __len__(self): return len(self.found)
-    def __getitem__(self, i:int) -> Scene: return _voc_scene(*self.found[i])
+    def __getitem__(self, i): return [self[k] for k in range(len(self))[i]] if isinstance(i, slice) else _voc_scene(*self.found[range(len(self))[i]])
 
 # %% ../../nbs/training/scenes.ipynb #e97aa235
 def _voc_parts(root:Path, download:bool=False) -> list:
@@ -130,14 +131,14 @@ def _voc_parts(root:Path, download:bool=False) -> list:
     from torchvision.datasets import VOCDetection
     return [VOCDetection(root, "2007", part, download) for part in ("trainval", "test")]
 
-# %% ../../nbs/training/scenes.ipynb #38ac42f6
+# %% ../../nbs/training/scenes.ipynb #58cc998b
 def read_voc(
     root=None, # the folder that holds VOCdevkit, or one to download to
     download:bool=False, # fetch what is missing, 870 MB
 ) -> tuple[Sequence[Scene], Sequence[Scene], str]: # training scenes, test scenes, checksum
     "Pascal VOC 2007 from wherever it lies"
     places, lists = bases(root), [f"VOCdevkit/VOC2007/ImageSets/Main/{part}.txt" for part in ("trainval", "test")]
-    advice = f"unpack VOCtrainval_06-Nov-2007.tar and VOCtest_06-Nov-2007.tar (http://host.robots.ox.ac.uk/pascal/VOC/voc2007/) so that {places[0]/'VOCdevkit'/'VOC2007'} holds both, or load with download=True"
+    advice = f"unpack VOCtrainval_06-Nov-2007.tar and VOCtest_06-Nov-2007.tar (http://host.robots.ox.ac.uk/pascal/VOC/voc2007/) so that {places[0]/'VOCdevkit'/'VOC2007'} holds both, or let Python fetch it: load_scenes('voc2007', download=True)"
     found = obtain("Pascal VOC 2007", lists, [p/sub for p in places for sub in ("", "voc")], advice, partial(_voc_parts, places[0], True) if download else None)
     parts, digest = _voc_parts(found[0].parents[4]), hashlib.sha256()
     for file in (Path(f) for part in parts for pair in zip(part.images, part.annotations) for f in pair):
@@ -170,16 +171,16 @@ def load_scenes(
     found = Scenes(name, train, test, source.classes, sha)
     return found if subset is None else _part(found, subset)
 
-# %% ../../nbs/training/scenes.ipynb #fde59e63
+# %% ../../nbs/training/scenes.ipynb #8c116bb6
 def _part(s:Scenes, n:int) -> Scenes:
     "So many of the training scenes"
-    if type(n) is not int or not 1 <= n <= len(s.train): raise UserError(f"subset {n} of {s.name}: give a whole number from 1 to {len(s.train):,}")
+    if type(n) is not int or not 1 <= n <= len(s.train): raise UserError(f"subset {n!r} of {s.name}: give a whole number from 1 to {len(s.train):,}")
     at = torch.randperm(len(s.train), generator=generator(0, "subset", s.name))[:n].sort().values.tolist()
     return replace(s, train=_Picked(s.train, at), subset=n, checksum=hashlib.sha256(f"{s.checksum} {at}".encode()).hexdigest())
 
-# %% ../../nbs/training/scenes.ipynb #1d3ed946
+# %% ../../nbs/training/scenes.ipynb #eda9dd9b
 class _Picked(Sequence):
     "Some of the scenes"
     def __init__(self, scenes:Sequence[Scene], at:list[int]): self.scenes, self.at = scenes, at
     def __len__(self): return len(self.at)
-    def __getitem__(self, i:int) -> Scene: return self.scenes[self.at[i]]
+    def __getitem__(self, i): return [self.scenes[k] for k in self.at[i]] if isinstance(i, slice) else self.scenes[self.at[i]]
