@@ -258,11 +258,12 @@ def demo(
     print(f"{time.time() - began:.0f} s")
     return code
 
-# %% ../nbs/cli.ipynb #51e9d591
+# %% ../nbs/cli.ipynb #bdc3d2e5
 @command
 @call_parse
 def batch(
     study:Param("a study file (.toml), or the name of one that ships with the package", str, opt=False, nargs="?")="",
+    scale:str="", # smoke, pocket, paper or imagenet, where the file has several; empty: its first
     list:bool=False, # name the study files that there are, with their runs and their compute, and do nothing
     dry_run:bool=False, # print the notebooks, what each needs, and what is left to do, and do nothing
     store:str="runs", # folder of results
@@ -279,7 +280,7 @@ def batch(
     if list: print(listed(root or None)); return None
     if not study: raise UserError("give a study file, or the name of one: rethink-nb batch --list names them")
     if timeout < 0: raise UserError(f"timeout {timeout:g}: give minutes, or 0")
-    b = Batch(study, store, out, root, device)
+    b = Batch(study, store, out, root, device, scale)
     if dry_run: print(b.graph(), b.forecast(), sep="\n\n"); return None
     results = b.run(workers or None, scheduler, 60*timeout or None, track=track)
     bad = [f"{name}: {r['status']}: {r['error']}" for name, r in results.items() if r["status"] != "done"]

@@ -11,6 +11,7 @@ from rethink_nb.study.batch import Batch
 from rethink_nb.study.cluster import local_client
 from rethink_nb.study.engine import Engine
 from rethink_nb.study.carry import carry_out
+from rethink_nb.study.files import study_files
 from rethink_nb.study.status import status_frame
 from rethink_nb.study.tasks import Task
 
@@ -320,3 +321,13 @@ def test_asked_to_stop(at, unbroken):
     assert "interrupted; the same command goes on from here" in said and "Traceback" not in said, said
     assert nobody_left(at) and batch(at, "two.toml").returncode == 0
     same(at, unbroken)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [n for n in study_files().names() if n != "smoke-all"])
+def test_every_study_file(name, tmp_path):
+    "Those that ship, at smoke scale: every notebook is done, and the report holds the primary comparisons against each other"
+    done = child("rethink-nb", "batch", name, "--scale", "smoke", "--device", "cpu", cwd=tmp_path, timeout=1800)
+    assert done.returncode == 0, done.output
+    assert set(statuses(tmp_path/f"batch-{name}-smoke").values()) == {"done"}
+    assert "(Holm)" in (tmp_path/f"batch-{name}-smoke"/"report.html").read_text()

@@ -62,14 +62,14 @@ def missing(frame):
     rows = frame[frame.status != "done"]
     return in_order(rows[[*_keys, "seed", "parent_seed", "run", "status"]])
 
-# %% ../../nbs/report/tables.ipynb #25951f36
+# %% ../../nbs/report/tables.ipynb #30c7aecb
 def human(x, # a count, such as parameters or MACs
          ):
-    "Three digits with k, M, G, T or P"
+    "Three digits with k, M, G, T, P or E"
     if pd.isna(x): return "-"
-    power = 0 if abs(x) < 999.5 else min(int(np.log10(abs(x) * 1.0005) // 3), 5)
+    power = 0 if abs(x) < 999.5 else min(int(np.log10(abs(x) * 1.0005) // 3), 6)
     digits = f"{x / 1000**power:.3g}" if power else f"{x:.0f}"
-    return f"{digits} {' kMGTP'[power]}".strip()
+    return f"{digits} {' kMGTPE'[power]}".strip()
 
 # %% ../../nbs/report/tables.ipynb #2e6f4ba0
 def shown(table, # of `trial_table`

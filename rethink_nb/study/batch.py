@@ -31,7 +31,7 @@ from .tasks import Task, overview_task, tasks_of
 from .track import mirrored
 from .trial import grouped
 
-# %% ../../nbs/study/batch.ipynb #1d74cd9c
+# %% ../../nbs/study/batch.ipynb #2e35df7d
 class Batch:
     "The notebooks of a study file"
     def __init__(self,
@@ -40,10 +40,11 @@ class Batch:
         out="", # folder for executed notebooks and report; empty: `batch-` and the file's name
         root="", # folder of data files
         device:str="auto",
+        scale:str="", # of those that the file has; empty: its first
     ):
-        self.file = read_studies(file)
+        self.file = read_studies(file, scale)
         self.store, self.root, self.device = Store(Path(store).resolve()), str(Path(root).resolve()) if root else "", device
-        self.out = folder(out or f"batch-{self.file.path.stem}", "out").resolve()
+        self.out = folder(out or "-".join(filter(None, ["batch", self.file.path.stem, scale])), "out").resolve()
     def __repr__(self): return f"Batch({self.file.title}: {len(self.tasks)} notebooks, {len(self.todo)} to do)"
     @cached_property
     def tasks(self) -> list[Task]: return tasks_of(self.file.studies, store=str(self.store.path), root=self.root, device=self.device, workers=1)
@@ -73,19 +74,21 @@ def forecast(self:Batch,
     if not (left.runs and each and places): return f"{len(self.todo)} of {len(self.tasks)} notebooks, {left} to do{'' if places else '; there are no workers yet, it waits for some'}"
     return f"{len(self.todo)} of {len(self.tasks)} notebooks, {left} to do: about {in_words(each*left.low/places, each*left.high/places)} of training on {places} places"
 
-# %% ../../nbs/study/batch.ipynb #5c3be314
+# %% ../../nbs/study/batch.ipynb #e57d7f72
 def listed(
     root=None, # where data files lie
 ) -> str:
     "One line a study file, of those that ship and those in this folder: its runs, their compute, its title"
     paths = [*study_files().items.items(), *((str(p), p) for p in sorted(Path().glob("*.toml")))]
     width = max(len(name) for name, _ in paths)
-    return "\n".join(f"{name:<{width}}  {_told(path, root)}" for name, path in paths)
+    return "\n".join(f"{name:<{width}}  {line}" for name, path in paths for line in _told(path, root))
 
-def _told(path:Path, root) -> str:
-    "What a file asks for, or why it cannot be read"
-    try: f = read_studies(path); return f"{estimate(f.studies, root=root)}: {f.title}"
-    except UserError as e: return f"- {e}"
+def _told(path:Path, root) -> list[str]:
+    "What a file asks for, at each of its scales, or why it cannot be read"
+    try:
+        found = [read_studies(path, scale) for scale in read_studies(path).scales or ("",)]
+        return [f"{f'{f.scale}: ' if f.scale else ''}{estimate(f.studies, root=root)}: {f.title}" for f in found]
+    except UserError as e: return [f"- {e}"]
 
 # %% ../../nbs/study/batch.ipynb #b842c54f
 @patch

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['StudyFile', 'keys', 'study_files', 'find_file', 'read_studies']
 
-# %% ../../nbs/study/files.ipynb #0ecfd317
+# %% ../../nbs/study/files.ipynb #5d53cf1c
 import re, tomllib
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -15,16 +15,19 @@ from pathlib import Path
 
 from ..core.errors import UserError
 from ..core.registry import Registry
-from .grid import Study
+from .grid import Study, scales
 from .notebook import experiments_folder
 
-# %% ../../nbs/study/files.ipynb #12dad422
+# %% ../../nbs/study/files.ipynb #9e052c58
 @dataclass(frozen=True)
 class StudyFile:
     "What a file asks for"
     path: Path
     title: str
     studies: tuple[Study, ...]
+    scales: tuple[str, ...] = () # that it has
+    scale: str = "" # of the studies
+    claims: tuple[int, ...] = () # which of the paper's it is about, by the numbers of the guide to them
 
 # %% ../../nbs/study/files.ipynb #62e45277
 _NAMES = {"recipe": "recipe_name"} # of the file: of `Study`
@@ -51,9 +54,10 @@ def find_file(file) -> Path:
     if not path.is_file(): raise UserError(f"{path}: {'a folder' if path.is_dir() else 'no such file'}; give a .toml file, or one of {', '.join(study_files().names())}")
     return path.resolve()
 
-# %% ../../nbs/study/files.ipynb #05ed6b5f
+# %% ../../nbs/study/files.ipynb #15f11207
 def read_studies(
     file, # its path, or the name of one that ships with the package
+    scale:str="", # one of those that the file has; empty: the first of them
 ) -> StudyFile:
     "The studies of a file; a mistake is refused with its line"
     path = find_file(file)
@@ -61,50 +65,92 @@ def read_studies(
     except (OSError, UnicodeDecodeError) as e: raise UserError(f"{path}: cannot be read ({e})") from None
     try: data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as e: raise UserError(f"{path}: no TOML: {e}") from None
-    tables, title = data.pop("study", [{}]), data.pop("title", path.stem)
-    if not isinstance(title, str): raise UserError(f"{path}, line {_line(text, 'title')}: title {title!r}: give words in quotes")
-    if not tables or not isinstance(tables, list) or not all(isinstance(t, dict) for t in tables): raise UserError(f"{path}, line {_line(text, 'study')}: write each study under a heading [[study]]")
-    _check_keys(path, text, data, 0)
-    studies = [s for i, t in enumerate(tables, 1) for s in _made(path, text, data, t, i)]
+    tables, title, claims = data.pop("study", [{}]), data.pop("title", path.stem), data.pop("claims", [])
+    if not isinstance(title, str): raise UserError(f"{path}, line {_line(text, _Place('title'))}: title {title!r}: give words in quotes")
+    if not tables or not isinstance(tables, list) or not all(isinstance(t, dict) for t in tables): raise UserError(f"{path}, line {_line(text, _Place('study'))}: write each study under a heading [[study]]")
+    if not isinstance(claims, list) or not all(type(c) is int and c > 0 for c in claims): raise UserError(f"{path}, line {_line(text, _Place('claims'))}: claims {claims!r}: give numbers in brackets")
+    names = _scales(path, text, data, tables)
+    scale = _picked(path, names, scale)
+    layers = [[*_layers(data, 0, scale), *_layers(t, i, scale)] for i, t in enumerate(tables, 1)]
+    studies = [s for own in layers for s in _made(path, text, own, scale)]
     if twice := next((s for i, s in enumerate(studies) if s in studies[:i]), None): raise UserError(f"{path}: {twice.way} on {twice.network}, {twice.data} stands twice")
-    return StudyFile(path, title, tuple(studies))
+    return StudyFile(path, title, tuple(studies), tuple(names), scale, tuple(claims))
 
-# %% ../../nbs/study/files.ipynb #bb879d73
-def _check_keys(path:Path, text:str, table:dict, number:int):
+# %% ../../nbs/study/files.ipynb #186a0636
+@dataclass(frozen=True)
+class _Place:
+    "Where a key stands"
+    key: str
+    number: int = 0 # of the `[[study]]`, 0: above the first
+    scale: str = "" # under which heading
+
+# %% ../../nbs/study/files.ipynb #5bea122f
+def _layers(table:dict, number:int, scale:str) -> list[tuple[dict, int, str]]:
+    "What a table says, and what it says for a scale"
+    plain, own = {k: v for k, v in table.items() if k != "scales"}, table.get("scales", {}).get(scale)
+    return [(plain, number, ""), *([(own, number, scale)] if own else [])]
+
+# %% ../../nbs/study/files.ipynb #6c90aeef
+def _scales(path:Path, text:str, data:dict, tables:list[dict]) -> list[str]:
+    "The scales that a file has, at the top; a study has no others"
+    for number, table in enumerate([data, *tables]):
+        found = table.get("scales", {})
+        if not isinstance(found, dict) or not all(isinstance(v, dict) for v in found.values()): raise UserError(f"{path}, line {_line(text, _Place('scales', number))}: write each scale under a heading [scales.smoke]")
+        for name, values in found.items():
+            at = _line(text, _Place("", number, name))
+            if name not in scales: raise UserError(f"{path}, line {at}: unknown scale {name!r}: there are {', '.join(scales)}")
+            if name not in data.get("scales", {}): raise UserError(f"{path}, line {at}: scale {name} has no heading [scales.{name}] above the studies")
+            _check_keys(path, text, values, number, name)
+        _check_keys(path, text, {k: v for k, v in table.items() if k != "scales"}, number)
+    return list(data.get("scales", {}))
+
+# %% ../../nbs/study/files.ipynb #2a0d2141
+def _picked(path:Path, names:list[str], scale:str) -> str:
+    "The scale that is asked for, or the first"
+    if scale and scale not in names: raise UserError(f"{path} has no scale {scale!r}: {f'there are {chr(44).join(names)}' if names else 'it has none'}")
+    return scale or (names[0] if names else "")
+
+# %% ../../nbs/study/files.ipynb #58738743
+def _check_keys(path:Path, text:str, table:dict, number:int, scale:str=""):
     "Refuse a key that nothing has, with the nearest one"
     for k in table:
         if k in keys(): continue
-        near = get_close_matches(k, [*keys(), "title", "study"], n=1)
-        raise UserError(f"{path}, line {_line(text, k, number)}: unknown key {k!r}: {f'did you mean {near[0]}?' if near else 'there are ' + ', '.join(keys())}")
+        near = get_close_matches(k, [*keys(), "title", "claims", "study", "scales"], n=1)
+        raise UserError(f"{path}, line {_line(text, _Place(k, number, scale))}: unknown key {k!r}: {f'did you mean {near[0]}?' if near else 'there are ' + ', '.join(keys())}")
 
-# %% ../../nbs/study/files.ipynb #12a7a77a
-def _line(text:str, key:str, number:int=0) -> int:
-    "The line of a key in the n-th `[[study]]`, 0: above the first; or that of the heading, where the key does not stand there"
-    now, heading = 0, 1
+# %% ../../nbs/study/files.ipynb #946326de
+def _line(text:str, place:_Place) -> int:
+    "The line of a key; or that of the heading under which it would stand"
+    now, heading, inside = 0, 1, not place.scale
     for n, line in enumerate(text.splitlines(), 1):
         if re.match(r"\s*\[\[\s*study\s*\]\]", line):
-            now += 1
-            if now == number: heading = n
-        if now == number and re.match(rf"""\s*(\[\s*study\s*\.\s*)?["']?{re.escape(key)}["']?\s*[=.\]]""", line): return n
+            now, inside = now + 1, not place.scale
+            if now == place.number and inside: heading = n
+        elif section := re.match(r"\s*\[\s*(?:study\s*\.\s*)?scales\s*\.\s*[\"']?([\w-]+)", line):
+            inside = section[1] == place.scale
+            if now == place.number and inside: heading = n
+        if now == place.number and inside and place.key and re.match(rf"""\s*(\[\s*study\s*\.\s*)?["']?{re.escape(place.key)}["']?\s*[=.\]]""", line): return n
     return heading
 
-# %% ../../nbs/study/files.ipynb #9b6caad2
-def _made(path:Path, text:str, above:dict, table:dict, number:int) -> list[Study]:
+# %% ../../nbs/study/files.ipynb #1e81ab49
+def _made(path:Path, text:str, layers:list[tuple[dict, int, str]], scale:str) -> list[Study]:
     "The studies of one `[[study]]`"
-    _check_keys(path, text, table, number)
-    given = {_NAMES.get(k, k): v for k, v in {**above, **table}.items()}
+    number = layers[-1][1]
+    where = {k: _Place(k, n, under) for values, n, under in layers for k in values}
+    values = {**(dict(scale=scale) if scale else {}), **{k: v for layer, *_ in layers for k, v in layer.items()}}
+    given = {_NAMES.get(k, k): v for k, v in values.items()}
     if isinstance(given.get("parent"), str) and given["parent"]: given["parent"] = str((path.parent/Path(given["parent"]).expanduser()).resolve()) # beside the file, wherever it is read
     lists = [given.pop(k) if isinstance(given.get(k), list) else [given.pop(k)] if k in given else [] for k in _MANY]
-    for k, values in zip(_MANY, lists):
-        if not values and (k in _MANY[:2] or k in {**above, **table}): raise UserError(f"{path}, line {_line(text, k, number if k in table or k not in above else 0)}: the study names no {k}")
+    for k, found in zip(_MANY, lists):
+        if not found and (k in _MANY[:2] or k in values): raise UserError(f"{path}, line {_line(text, where.get(k, _Place(k, number)))}: the study names no {k}")
     try: return [Study(**dict(zip(_MANY, names)), **given) for names in product(*lists[:2], lists[2] or ["l1"], lists[3] or [""])]
-    except (UserError, TypeError) as e: raise UserError(f"{path}, line {_blamed(text, str(e), above, table, number)}: {e}") from None
+    except (UserError, TypeError) as e: raise UserError(f"{path}, line {_line(text, _blamed(str(e), values, where, _Place('', number)))}: {e}") from None
 
-# %% ../../nbs/study/files.ipynb #dbf3746d
-def _blamed(text:str, error:str, above:dict, table:dict, number:int) -> int:
-    "The line that a refusal speaks of: that of the first key whose name or value it has, else that of the heading"
+# %% ../../nbs/study/files.ipynb #3e9911fd
+def _blamed(error:str, values:dict, where:dict[str, _Place], heading:_Place) -> _Place:
+    "What a refusal speaks of: the first key whose name or value it has, else the heading"
     words = set(re.findall(r"[\w.+-]+", error))
     said = lambda v: any(map(said, v)) if isinstance(v, list) else any(map(said, [*v, *v.values()])) if isinstance(v, dict) else str(v) in words and not isinstance(v, bool)
-    for k in sorted({**above, **table}, key=lambda k: (k in _MANY, k not in table)): # names of data, network and method stand in many a refusal
-        if words & {k, _NAMES.get(k)} or said({**above, **table}[k]): return _line(text, k, number if k in table else 0)
-    return _line(text, "", number)
+    for k in sorted(where, key=lambda k: (k in _MANY, where[k].number == 0)): # names of data, network and method stand in many a refusal
+        if words & {k, _NAMES.get(k)} or said(values[k]): return where[k]
+    return heading
