@@ -51,7 +51,7 @@ class Choice:
     weights: dict[str, torch.Tensor] | None = None # parameters and buffers of full size to go on with; None: the network's own
     constants: bool = False # True: filters go and leave their batch norms' shifts behind, see `Plan`
 
-# %% ../../nbs/methods/base.ipynb #0d5e9a85
+# %% ../../nbs/methods/base.ipynb #e5245950
 @dataclass(frozen=True)
 class Method:
     "A pruning method: what it is, and the function that chooses"
@@ -67,6 +67,7 @@ class Method:
     version: int = 1 # raise it when results change; it is part of every run's id
     refuses: Callable = field(default=lambda arch: "", compare=False) # arch -> why the method cannot serve it; empty when it can
     callbacks: Callable = field(default=lambda: (), compare=False) # (**options) -> what it adds to the training of the network that it prunes
+    copies: str = "widths" # of a control: what it takes over of a network that another method has found, "widths" or "macs"
     rounds: Callable | None = field(default=None, compare=False) # (ratio, rounds, options, arch) -> what is asked of each round, a ratio or a request by name; None: one step only
 
 # %% ../../nbs/methods/base.ipynb #702f3fb4

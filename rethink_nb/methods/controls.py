@@ -49,8 +49,8 @@ def same_cost(arch:Arch, amount:dict, options:dict) -> dict[str, int]:
     asked = channels_asked(arch, amount, options)
     return uniform_counts(arch, cost_of(arch, asked, options["cost"]), options["cost"])
 
-# %% ../../nbs/methods/controls.ipynb #f6b56827
-register(Method("uniform", "Uniform width at equal cost", "control", "control", choose_l1, same_cost, options=dict(CHANNEL_OPTIONS, cost="macs")));
+# %% ../../nbs/methods/controls.ipynb #6c9ccc18
+register(Method("uniform", "Uniform width at equal cost", "control", "control", choose_l1, same_cost, options=dict(CHANNEL_OPTIONS, cost="macs"), copies="macs"));
 
 # %% ../../nbs/methods/controls.ipynb #5d02803d
 def choose_random_mask(net:nn.Module, ask:Ask) -> Choice:

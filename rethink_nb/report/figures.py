@@ -17,11 +17,12 @@ from ..core.errors import UserError
 from .stats import done, level_words, spread_parents, summary
 from .tables import arm_base, arm_order
 
-# %% ../../nbs/report/figures.ipynb #025a4597
+# %% ../../nbs/report/figures.ipynb #5d9e30f4
 _looks = {"parent": ("#000000", "star"), "pruned": ("#8c8c8c", "x"), "fine-tune": ("#E69F00", "circle"),
           "fine-tune-large": ("#D55E00", "square"), "scratch-e": ("#56B4E9", "diamond"), "scratch-b": ("#0072B2", "triangle-up"),
           "lr-rewind": ("#009E73", "hexagon"), "weight-rewind": ("#00593F", "hexagon2"), "pipeline-e": ("#B58900", "cross"), "pipeline-b": ("#7A3B00", "hourglass"),
           "scratch-e-total": ("#3A6EA5", "diamond-tall"), "scratch-b-total": ("#00355C", "triangle-left"), "random-channels": ("#CC79A7", "triangle-down"),
+          "uniform-e": ("#A6761D", "bowtie"), "uniform-b": ("#5C4210", "star-square"),
           "shuffled-mask": ("#CC79A7", "triangle-down"), "ticket": ("#E69F00", "circle"), "random-ticket": ("#56B4E9", "diamond")}  # never beside their like
 _later = ("#66A61E", "pentagon")  # shared by arms that came later
 

@@ -22,17 +22,17 @@ def done(frame):
     "The finished rows"
     return frame[frame.status == "done"]
 
-# %% ../../nbs/report/stats.ipynb #add2244e
+# %% ../../nbs/report/stats.ipynb #0d84465c
 def summary(frame, # the trial frame
             by, # column names to group by
             value="test_acc", # the column to average
             alpha=.05, # the interval covers 1-alpha
            ):
-    "Mean, sd, n and t interval of the finished runs, a row per group; one run alone has no sd and no interval"
+    "Mean, sd, n and t interval of the finished runs, a row per group; one run alone has no sd and no interval, and runs that came out alike have no interval"
     _check(alpha=alpha)
     groups = done(frame).dropna(subset=[value]).groupby(listify(by), sort=False)[value]
     out = groups.agg(mean="mean", sd="std", n="count").reset_index()
-    half = t.ppf(1 - alpha / 2, out.n - 1) * out.sd / np.sqrt(out.n)
+    half = t.ppf(1 - alpha / 2, out.n - 1) * out.sd.where(out.sd > 1e-9) / np.sqrt(out.n)
     return out.assign(lo=out["mean"] - half, hi=out["mean"] + half)
 
 # %% ../../nbs/report/stats.ipynb #cb42d109

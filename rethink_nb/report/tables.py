@@ -13,9 +13,9 @@ import pandas as pd
 from ..core.errors import UserError
 from .stats import done, level_words, summary
 
-# %% ../../nbs/report/tables.ipynb #71d123ec
+# %% ../../nbs/report/tables.ipynb #6c411fa4
 ARM_ORDER = ("parent", "pruned", "fine-tune", "fine-tune-large", "lr-rewind", "weight-rewind", "pipeline-e", "pipeline-b", "ticket", "random-ticket", "scratch-e", "scratch-b",
-             "scratch-e-total", "scratch-b-total", "random-channels", "uniform", "shuffled-mask", "random-mask")
+             "scratch-e-total", "scratch-b-total", "uniform-e", "uniform-b", "random-channels", "uniform", "shuffled-mask", "random-mask")
 
 # %% ../../nbs/report/tables.ipynb #31e40fc5
 def arm_base(arm):
@@ -71,13 +71,13 @@ def human(x, # a count, such as parameters or MACs
     digits = f"{x / 1000**power:.3g}" if power else f"{x:.0f}"
     return f"{digits} {' kMGTPE'[power]}".strip()
 
-# %% ../../nbs/report/tables.ipynb #2e6f4ba0
+# %% ../../nbs/report/tables.ipynb #9dabf4b5
 def shown(table, # of `trial_table`
           value="acc %", # what is in it
          ):
     "The table in short words and human units, all text"
     def fixed(x, digits=2): return "-" if pd.isna(x) else f"{x:.{digits}f}"
-    span = ["-" if pd.isna(lo) else f"[{lo:.2f}, {hi:.2f}]" for lo, hi in zip(table.lo, table.hi)]
+    span = ["-" if pd.isna(lo) else f"[{max(lo, 0):.2f}, {min(hi, 100):.2f}]" for lo, hi in zip(table.lo, table.hi)] # no share lies outside
     return pd.DataFrame({
         "network": table.network, "data": table["data"], "method": table.method, "removed": table.ratio.map(level_words),
         "arm": table.arm, value: table["mean"].map(fixed), "sd": table.sd.map(fixed), "n": [str(n) + (f" ({', '.join(f'{k} {w}' for k, w in ((d, 'diverged'), (f, 'failed')) if k)})" if d or f else "") for n, d, f in zip(table.n, table.diverged, table.failed)], "interval": span,

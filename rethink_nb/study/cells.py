@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['Cell', 'runs_of']
 
-# %% ../../nbs/study/cells.ipynb #292cca0b
+# %% ../../nbs/study/cells.ipynb #ad972981
 from dataclasses import dataclass
 
 from fastcore.basics import patch
 
 from ..core.record import remembered
 from ..methods.amounts import inner_sites
-from ..methods.base import callbacks
+from ..methods.base import callbacks, pruned_arch
 from ..methods.all import methods
 from .grid import Study
 from .step import Run
@@ -121,7 +121,7 @@ def _whole(s:Study, arm:Arm) -> Recipe:
     "The recipe that an arm's own is derived from: the parent's, or, where it shortens or goes back in the training of what is pruned, that one's"
     return s.recipe_after if arm.early or arm.rewound else s.recipe
 
-# %% ../../nbs/study/cells.ipynb #0c488611
+# %% ../../nbs/study/cells.ipynb #0adf19d1
 @patch
 def arm_run(self:Study, arm:Arm, ratio:float, seed:int) -> Run:
     "The run that answers an arm"
@@ -131,28 +131,28 @@ def arm_run(self:Study, arm:Arm, ratio:float, seed:int) -> Run:
     if not arm.trained: return start
     back = dict(init=self.first_run(ratio, seed, whole.epochs - arm.retraining(whole))) if arm.rewound else {}
     if not self.known: return self.found_run(arm, start, ratio, seed).replace(**back)
-    small = self.small(ratio)
+    small = self.small(ratio) if arm.of == "method" else pruned_arch(arm.of, self.base, **self.control_run(arm.of, ratio, seed).request)
     r = arm.recipe(whole, self.base.count().flops/small.count().flops, self.cap)
     return Run(kind="train", data=self.images, arch=small if start else small.scratch(), recipe=r, start=start, seed=seed, **back)
 
-# %% ../../nbs/study/cells.ipynb #6bee4f19
+# %% ../../nbs/study/cells.ipynb #16af2909
 @patch
 def found_run(self:Study, arm:Arm, start:Run | None, ratio:float, seed:int) -> Run:
     "The run that answers an arm, where the parent's weights say what stays: its epochs before any stretching"
     whole = _whole(self, arm)
     r = arm.recipe(whole).replace(skip=self.rewind if arm.late else 0)
-    of = dict(start=start) if start else dict(shape=self.prune_run(self.method, ratio, seed))
+    of = dict(start=start) if start else dict(shape=self.prune_run(self.method if arm.of == "method" else arm.of, ratio, seed))
     weights = self.counts == {} # non-zero MACs alone: zeros save nothing in the reference's convention
     if arm.stretched:
         r, extra = r.scaled(r.epochs - arm.extra(whole)), arm.extra(whole) # what comes on top is not stretched
         of |= dict(budget="nonzero_macs" if weights else "flops", cap=self.cap or (2. if weights else None), extra=extra)
     return Run(kind="train", data=self.images, arch=None, recipe=r, seed=seed, **of)
 
-# %% ../../nbs/study/cells.ipynb #c51ed855
+# %% ../../nbs/study/cells.ipynb #7f52bea4
 @patch
 def cells(self:Study) -> list[Cell]:
     "Every arm at every ratio and seed; the parent once a seed; a method is no control of itself"
-    own = [(a, ratio, s) for s in self.replicates for a in map(arm, self.arms) if a.start != self.method for ratio in ((0.,) if a.start == "none" else self.levels)]
+    own = [(a, ratio, s) for s in self.replicates for a in map(arm, self.arms) if self.method not in (a.start, a.of) for ratio in ((0.,) if a.start == "none" else self.levels)]
     return [Cell(self.data, self.network, self.way, ratio, a.name, s, self.arm_run(a, ratio, s), self.parent_run(s)) for a, ratio, s in own]
 
 # %% ../../nbs/study/cells.ipynb #2e364190

@@ -11,9 +11,9 @@ from collections.abc import Iterable
 from ..core.errors import UserError
 from ..training.arms import arm
 
-# %% ../../nbs/study/compared.ipynb #2b7624f9
+# %% ../../nbs/study/compared.ipynb #678deb0f
 COMPARISONS = (("scratch-e", "fine-tune"), ("scratch-b", "fine-tune"), ("scratch-e", "fine-tune-large"), ("scratch-b", "fine-tune-large"), ("scratch-b", "lr-rewind"), ("scratch-b", "weight-rewind"),
-               ("scratch-e-total", "fine-tune-large"), ("scratch-b-total", "fine-tune-large"), ("scratch-e", "pipeline-e"), ("scratch-b", "pipeline-b"), ("random-channels", "fine-tune"),
+               ("scratch-e-total", "fine-tune-large"), ("scratch-b-total", "fine-tune-large"), ("scratch-e", "pipeline-e"), ("scratch-b", "pipeline-b"), ("random-channels", "fine-tune"), ("scratch-e", "uniform-e"), ("scratch-b", "uniform-b"),
                ("shuffled-mask", "fine-tune"), ("random-ticket", "ticket"), ("scratch-b", "ticket"), ("ticket", "parent"))
 _SCRATCH = ("scratch-e", "scratch-b", "scratch-e-total", "scratch-b-total")
 

@@ -144,11 +144,12 @@ def asked_of(run:Run, store:Store, data:Data) -> dict:
         asked["init"] = store.network(earlier.id) if earlier else fresh(run.start.arch, seed=run.start.seed)
     return asked | (_as_found(run, store) if run.shape else {})
 
-# %% ../../nbs/study/run.ipynb #6726179c
+# %% ../../nbs/study/run.ipynb #91ea8344
 def _as_found(run:Run, store:Store) -> dict:
     "The size that another method has found, as a request: its masks, of which no more goes, or its widths"
     if masks := store.masks(run.shape.id): return dict(ratio=0., masks=masks)
     small = store.arch(run.shape.id)
+    if methods.get(run.method).copies == "macs": return dict(macs=small.count().macs/run.arch.count().macs)
     # what reads or writes all that is left of a stream follows from the stream
     there = {s.name: s.width for s in small.sites() if s.free or s.kind in ("in", "out") and small.selection(s.name) is not None}
     return dict(widths={s.name: there[s.name] for s in run.arch.sites() if there.get(s.name, s.width) < s.width})

@@ -16,7 +16,7 @@ from ..core.errors import UserError
 from ..core.registry import Registry
 from .recipe import SCHEDULES, Recipe, reshaped, scratch_b
 
-# %% ../../nbs/training/arms.ipynb #1b38cb3e
+# %% ../../nbs/training/arms.ipynb #38019e99
 @dataclass(frozen=True)
 class Arm:
     "One arm of a trial"
@@ -32,6 +32,7 @@ class Arm:
     early: bool = False # from a parent that was trained for fewer epochs, by those of retraining
     rewound: bool = False # from the parent's weights before its last epochs, as many as there are of retraining
     late: bool = False # its training leaves out the steps before the one that a ticket goes back to
+    of: str = "method" # of "fresh": whose architecture, the method's or a control's
     suits: tuple[str, ...] = ("channels", "weights", "tickets") # what is pruned: channels, single weights, or either with a return to the start
 
     @property
@@ -79,7 +80,7 @@ def extra(self:Arm, r:Recipe) -> int:
     "Epochs on top of those that are stretched"
     return self.retraining(r) if self.total else 0
 
-# %% ../../nbs/training/arms.ipynb #d685e662
+# %% ../../nbs/training/arms.ipynb #12b9ceb1
 arms = Registry("arm")
 _INHERITED = ("channels", "weights")
 for _arm in (
@@ -95,6 +96,8 @@ for _arm in (
     Arm("scratch-b-total", "Scratch for as much compute as parent and retraining together", "fresh", "whole", stretched=True, total=True, suits=_INHERITED),
     Arm("pipeline-e", "A shorter parent, pruned and retrained: Scratch-E's epochs together", "method", "short", early=True, suits=_INHERITED),
     Arm("pipeline-b", "A shorter parent, pruned and retrained: Scratch-B's compute together", "method", "short", early=True, stretched=True, suits=_INHERITED),
+    Arm("uniform-e", "Uniform widths of the same cost, random weights, the parent's epochs", "fresh", "whole", of="uniform", suits=("channels",)),
+    Arm("uniform-b", "Uniform widths of the same cost, random weights, the parent's compute", "fresh", "whole", stretched=True, of="uniform", suits=("channels",)),
     Arm("random-channels", "Random channels of the same widths, fine-tuned", "random-channels", "short", "paper", suits=("channels",)),
     Arm("shuffled-mask", "As many weights of each layer at random places, fine-tuned", "shuffled-mask", "short", "paper", suits=("weights",)),
     Arm("ticket", "Winning ticket: the weights of the start, trained as the parent was from there", "method", "whole", late=True, suits=("tickets",)),
