@@ -99,7 +99,7 @@ def _put(tensors:dict[str, torch.Tensor], net:nn.Module, opt:torch.optim.Optimiz
         if f"momentum.{i}" in tensors: opt.state[p]["momentum_buffer"] = torch.empty_like(p).copy_(tensors[f"momentum.{i}"]).detach()
     for i, cb in enumerate(callbacks): cb.load_state_dict(part(f"callback.{i}."))
 
-# %% ../../nbs/training/checkpoint.ipynb #93aa56b4
+# %% ../../nbs/training/checkpoint.ipynb #5df064a7
 class Saver:
     "Writes the checkpoints of one training: at once when asked, else when enough time has gone"
     def __init__(self,
@@ -110,6 +110,9 @@ class Saver:
         if path and Path(path).is_dir(): raise UserError(f"checkpoint {path}: a folder; name a file")
         self.path, self.state, self.seconds, self.last = path, state, seconds, time.monotonic()
     def load(self) -> Place: return load_checkpoint(self.path, *self.state) if self.path else Place()
+    def stopped(self, noted:list[str], epoch:int, step:str="") -> str:
+        "Where a training was stopped by a signal, and what that means"
+        return f"stopped by {noted[0]} in epoch {epoch}{step}: {'all is saved, and the same call goes on from there' if self.path else 'no checkpoint was named, so the training is lost'}"
     def due(self) -> bool: return bool(self.path) and time.monotonic() - self.last >= self.seconds
     def save(self, place:Place):
         if self.path: save_checkpoint(self.path, *self.state, place)

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['detectors', 'Detector', 'Backbone', 'detector', 'train_detector', 'mean_precision', 'precision_metric', 'seen']
 
-# %% ../../nbs/training/detection.ipynb #616afcb2
+# %% ../../nbs/training/detection.ipynb #b3e07bab
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from math import isfinite
 
 import torch
+from fastcore.basics import patch
 from msgspec.structs import asdict
 from torch import nn
 
@@ -131,7 +132,7 @@ def _loss(model:nn.Module, scenes:list[Scene], r:Recipe, seed:int, epoch:int, st
     images, wanted = zip(*(_prepared(s, model.backbone.net.arch.input[0], device, bool(f)) for s, f in zip(scenes, flips)))
     with _drawn_by(device, seed, "boxes", epoch, step), autocast(device, r.precision): return sum(model(list(images), list(wanted)).values())
 
-# %% ../../nbs/training/detection.ipynb #39793ecd
+# %% ../../nbs/training/detection.ipynb #52d096c3
 def train_detector(
     model:nn.Module, # of `detector`; trained in place
     scenes:Scenes,
@@ -155,51 +156,72 @@ def train_detector(
     key = content_id([d.id, r.id, scenes.checksum, seed, device.type, [cb.key() for cb in callbacks], tensors_digest(model.state_dict())])
     saver = Saver(checkpoint, (model, opt, callbacks, key), seconds)
     with repeatable(device), memory_told(f"take fewer scenes a step than {r.batch}, or smaller ones than {d.side} pixels a side"), postponed() as noted:
-        place = saver.load()
-        for epoch in range(1 + len(place.rows), r.epochs + 1): place = _epoch(model, scenes, d, r, opt, callbacks, seed, epoch, place, saver, noted, report)
-    return place.rows, Cost(**{k: place.rows[-1][k] for k in asdict(Cost()) if k in place.rows[-1]}) if place.rows else Cost()
+        t = _DetectorTraining(model, scenes, d, r, opt, callbacks, seed, saver, noted)
+        for epoch in range(1 + len(t.place.rows), r.epochs + 1): t.run_epoch(epoch, report)
+        return t.place.rows, t.cost()
 
-# %% ../../nbs/training/detection.ipynb #e8c28725
-def _epoch(model, scenes:Scenes, d:Detector, r:Recipe, opt, callbacks:list[Callback], seed:int, epoch:int, place:Place, saver:Saver, noted:list[str], report:Callable | None) -> Place: # after it
-    "One epoch, from where it was left"
-    device, n, meter = next(model.parameters()).device, len(scenes.train), Meter(next(model.parameters()).device)
-    if place.epoch != epoch: place = Place(rows=place.rows, epoch=epoch, sums=dict(loss=torch.zeros((), device=device)))
-    place.sums, parts, order = {k: v.to(device) for k, v in place.sums.items()}, batches(n, r.batch), torch.randperm(n, generator=generator(seed, "order", epoch)).tolist()
-    model.train()
-    for i in range(place.batch, len(parts)):
-        lr, at = r.lr_at(epoch, i/len(parts)), order[parts[i]]
-        for g in opt.param_groups: g["lr"] = lr
-        loss = _loss(model, [scenes.train[k] for k in at], r, seed, epoch, i, d.flip, device)
-        opt.zero_grad(set_to_none=True)
-        loss.backward()
-        call_all(callbacks, "after_backward", model.backbone.net)
-        opt.step()
-        call_all(callbacks, "after_step", model.backbone.net, lr)
-        place.sums["loss"] += loss.detach()*len(at)
-        place.batch, place.images, place.steps = i + 1, place.images + len(at), place.steps + 1
-        if (noted or saver.due()) and place.batch < len(parts):
-            place.spent, meter = asdict(Cost(**place.spent) + meter.read()), Meter(device)
-            saver.save(place)
-            if noted: raise Stopped(_where(noted, epoch, f" after step {place.batch:,} of {len(parts):,}", saver))
-    place = Place(rows=[*place.rows, _row(model.backbone.net.arch, d, r, place, Cost(**place.spent) + meter.read())])
-    if not isfinite(place.rows[-1]["train_loss"]): raise Diverged(f"training diverged in epoch {epoch} (loss {place.rows[-1]['train_loss']:g}): lower the learning rate", place.rows, Cost())
-    saver.save(place)
-    if report: report(place.rows[-1])
-    if noted: raise Stopped(_where(noted, epoch, "", saver))
-    return place
+# %% ../../nbs/training/detection.ipynb #cf25c4aa
+class _DetectorTraining:
+    "A training under way, taken up where its checkpoint left it"
+    def __init__(self, model, scenes:Scenes, d:Detector, r:Recipe, opt, callbacks:list[Callback], seed:int, saver:Saver, noted:list[str]):
+        self.model, self.scenes, self.d, self.r, self.opt, self.callbacks, self.seed, self.saver, self.noted = model, scenes, d, r, opt, callbacks, seed, saver, noted
+        self.place, self.device = saver.load(), next(model.parameters()).device
+        self.meter = Meter(self.device)
 
-# %% ../../nbs/training/detection.ipynb #ef2d732a
-def _row(arch, d:Detector, r:Recipe, place:Place, spent:Cost) -> dict:
+    def spent(self) -> Cost:
+        "On the epoch under way, earlier tries included"
+        return Cost(**self.place.spent) + self.meter.read()
+
+    def cost(self) -> Cost:
+        "Of the epochs that are over"
+        return Cost(**{k: self.place.rows[-1][k] for k in asdict(Cost()) if k in self.place.rows[-1]}) if self.place.rows else Cost()
+
+# %% ../../nbs/training/detection.ipynb #57fb331a
+@patch
+def run_epoch(self:_DetectorTraining, epoch:int, report:Callable | None):
+    "Train, book the row, save"
+    n, rows = len(self.scenes.train), self.place.rows
+    if self.place.epoch != epoch: self.place = Place(rows=rows, epoch=epoch, sums=dict(loss=torch.zeros((), device=self.device)))
+    place = self.place
+    place.sums, parts, order = {k: v.to(self.device) for k, v in place.sums.items()}, batches(n, self.r.batch), torch.randperm(n, generator=generator(self.seed, "order", epoch)).tolist()
+    self.model.train()
+    for i in range(place.batch, len(parts)): self._step(order[parts[i]], i, len(parts))
+    self.place, self.meter = Place(rows=[*rows, self._row()]), Meter(self.device)
+    loss = self.place.rows[-1]["train_loss"]
+    if not isfinite(loss): raise Diverged(f"training diverged in epoch {epoch} (loss {loss:g}): lower the learning rate", self.place.rows, self.cost())
+    self.saver.save(self.place)
+    if report: report(self.place.rows[-1])
+    if self.noted: raise Stopped(self.saver.stopped(self.noted, epoch))
+
+# %% ../../nbs/training/detection.ipynb #d56c105b
+@patch
+def _step(self:_DetectorTraining, at:list[int], i:int, of:int):
+    "One step on these scenes; then a checkpoint if one is due, and the end if that was asked for"
+    place, net, lr = self.place, self.model.backbone.net, self.r.lr_at(self.place.epoch, i/of)
+    for g in self.opt.param_groups: g["lr"] = lr
+    loss = _loss(self.model, [self.scenes.train[k] for k in at], self.r, self.seed, place.epoch, i, self.d.flip, self.device)
+    self.opt.zero_grad(set_to_none=True)
+    loss.backward()
+    call_all(self.callbacks, "after_backward", net)
+    self.opt.step()
+    call_all(self.callbacks, "after_step", net, lr)
+    place.sums["loss"] += loss.detach()*len(at)
+    place.batch, place.images, place.steps = i + 1, place.images + len(at), place.steps + 1
+    if place.batch == of or not (self.noted or self.saver.due()): return
+    place.spent, self.meter = asdict(self.spent()), Meter(self.device)
+    self.saver.save(place)
+    if self.noted: raise Stopped(self.saver.stopped(self.noted, place.epoch, f" after step {place.batch:,} of {of:,}"))
+
+# %% ../../nbs/training/detection.ipynb #8c5715ae
+@patch
+def _row(self:_DetectorTraining) -> dict:
     "One row of the curve; images, steps, MACs and clocks add up"
-    last, clocks = place.rows[-1] if place.rows else {}, {k: getattr(spent, k) for k in ("seconds", "device_seconds", "joules")}
+    place, arch, spent = self.place, self.model.backbone.net.arch, self.spent()
+    last = place.rows[-1] if place.rows else {}
     images, steps = last.get("images", 0) + place.images, last.get("steps", 0) + place.steps
-    macs = train_macs(arch.replace(input=(arch.input[0], d.side, d.side)), images)
-    return dict(epoch=place.epoch, lr=r.lr_at(place.epoch), train_loss=float(place.sums["loss"])/place.images, val_acc=float("nan"), images=images, steps=steps, macs=macs, **{k: last.get(k, 0.) + v for k, v in clocks.items()})
-
-# %% ../../nbs/training/detection.ipynb #1156a6a3
-def _where(noted:list[str], epoch:int, step:str, saver:Saver) -> str:
-    "Where it was stopped, and what that means"
-    return f"stopped by {noted[0]} in epoch {epoch}{step}: {'all is saved, and the same call goes on from there' if saver.path else 'no checkpoint was named, so the training is lost'}"
+    macs = train_macs(arch.replace(input=(arch.input[0], self.d.side, self.d.side)), images)
+    return dict(epoch=place.epoch, lr=self.r.lr_at(place.epoch), train_loss=float(place.sums["loss"])/place.images, val_acc=float("nan"), images=images, steps=steps, macs=macs,
+                **{k: last.get(k, 0.) + getattr(spent, k) for k in ("seconds", "device_seconds", "joules")})
 
 # %% ../../nbs/training/detection.ipynb #7b39c068
 def mean_precision(

@@ -178,7 +178,7 @@ class _Training:
         "On the epoch under way, earlier tries included"
         return Cost(**self.place.spent) + self.meter.read()
 
-# %% ../../nbs/training/loop.ipynb #575fd9e6
+# %% ../../nbs/training/loop.ipynb #16260d28
 @patch
 def run_epoch(self:_Training, epoch:int, part:range, report:Callable | None):
     "Train, look at the held-out images, book the row, save"
@@ -193,9 +193,9 @@ def run_epoch(self:_Training, epoch:int, part:range, report:Callable | None):
         raise Diverged(f"training diverged in epoch {epoch} (loss {row['train_loss']:g} in training, {row['val_loss']:g} on held-out images): lower the learning rate", self.place.rows, self._cost())
     self.saver.save(self.place)
     if report: report(row)
-    if self.noted: raise Stopped(self._where(epoch, ""))
+    if self.noted: raise Stopped(self.saver.stopped(self.noted, epoch))
 
-# %% ../../nbs/training/loop.ipynb #08017bab
+# %% ../../nbs/training/loop.ipynb #509db145
 @patch
 def _save_within(self:_Training, part:range):
     "A checkpoint in the middle of an epoch, and the end if that was asked for; after its last step the epoch is finished first"
@@ -203,14 +203,7 @@ def _save_within(self:_Training, part:range):
     if place.batch == part.stop: return
     place.spent, self.meter = asdict(self.spent()), Meter(self.meter.device)
     self.saver.save(place)
-    if self.noted: raise Stopped(self._where(place.epoch, f" after step {place.batch:,} of {part.stop:,}"))
-
-# %% ../../nbs/training/loop.ipynb #b1c0bf4e
-@patch
-def _where(self:_Training, epoch:int, step:str) -> str:
-    "Where it was stopped, and what that means"
-    saved = "all is saved, and the same call goes on from there" if self.saver.path else "no checkpoint was named, so the training is lost"
-    return f"stopped by {self.noted[0]} in epoch {epoch}{step}: {saved}"
+    if self.noted: raise Stopped(self.saver.stopped(self.noted, place.epoch, f" after step {place.batch:,} of {part.stop:,}"))
 
 # %% ../../nbs/training/loop.ipynb #2174aaf6
 @patch
