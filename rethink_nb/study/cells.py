@@ -148,8 +148,9 @@ def found_run(self:Study, arm:Arm, start:Run | None, ratio:float, seed:int) -> R
         of |= dict(budget="nonzero_macs" if weights else "flops", cap=self.cap or (2. if weights else None), extra=extra)
     return Run(kind="train", data=self.images, arch=None, recipe=r, seed=seed, **of)
 
-# %% ../../nbs/study/cells.ipynb #7f52bea4
+# %% ../../nbs/study/cells.ipynb #99aab132
 @patch
+@remembered
 def cells(self:Study) -> list[Cell]:
     "Every arm at every ratio and seed; the parent once a seed; a method is no control of itself"
     own = [(a, ratio, s) for s in self.replicates for a in map(arm, self.arms) if self.method not in (a.start, a.of) for ratio in ((0.,) if a.start == "none" else self.levels)]

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['Detections']
 
-# %% ../../nbs/study/detections.ipynb #834562d5
+# %% ../../nbs/study/detections.ipynb #3216ffc4
 from dataclasses import replace
 from functools import cached_property
 
 from fastcore.basics import patch
 
 from .cells import Cell, runs_of
-from .detector import DETECTORS, detection_run
+from .detector import detection_run
 from .frames import trial_frame
 from .compared import comparisons
 from .step import Run
@@ -56,14 +56,11 @@ def _untrained(self:Detections) -> list[Cell]:
     cells = [Cell(s.data, s.network, s.way, ratio, "untrained", seed, blank(s, seed), blank(s, seed)) for s in self.trial.studies for ratio in beside(s) for seed in s.replicates]
     return [self._seeing(c, frozen=False) for c in cells]
 
-# %% ../../nbs/study/detections.ipynb #749f7762
+# %% ../../nbs/study/detections.ipynb #bf7a7d77
 @patch
 def run(self:Detections, workers:int | None=None, device:str="auto", root=None, progress:bool=True) -> Detections:
     "Do what is missing, the trial's own runs too; what failed is told on stderr, the rest goes on"
     precision_metric() # what is not installed is told before anything starts
-    self.trial.check(workers, device, root, self.runs)
-    for r in self.runs:
-        if r.kind == "detect": r.write(self.store/DETECTORS/f"{r.id}.json") # so that the store knows what is still to come
     self.trial.run(workers, device, root, progress, more=self.runs)
     return self
 
@@ -97,11 +94,11 @@ def statements(self:Detections) -> list[str]:
     from rethink_nb.report.stats import statement
     return [statement(row) for _, row in self.verdicts().iterrows()]
 
-# %% ../../nbs/study/detections.ipynb #73250415
+# %% ../../nbs/study/detections.ipynb #5d8940e5
 @patch
 def unfinished(self:Detections) -> str:
     "A line on cells without a result, and why; empty when there are none"
-    errors = {r: (self.store.record(r) or {}).get("error", "") for r in dict.fromkeys(c.run.id for c in self.cells) if self.store.status(r) != "done"}
+    errors = {r: self.store.error(r) for r in dict.fromkeys(c.run.id for c in self.cells) if self.store.status(r) != "done"}
     why = "; ".join(dict.fromkeys(filter(None, errors.values())))
     return f"{len(errors)} detectors have no result{f': {why}' if why else ''}" if errors else ""
 

@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['standing_of', 'standing_frame', 'standing', 'at_work']
 
-# %% ../../nbs/study/standing.ipynb #49feec7b
+# %% ../../nbs/study/standing.ipynb #e31be81f
 from collections import Counter
 
-from filelock import Timeout
-
 from ..core.errors import UserError
+from ..core.files import held
 from .cells import Cell, runs_of
 from .detector import DETECTORS
 from .estimate import estimate, in_words, pace
@@ -18,21 +17,13 @@ from .step import Run
 from .store import Store
 from .trial import stored_trials
 
-# %% ../../nbs/study/standing.ipynb #bf42eadf
+# %% ../../nbs/study/standing.ipynb #ba901d65
 def standing_of(run:Run, store:Store) -> str: # done, diverged, damaged, failed, running or waiting
     "How a run stands"
     found = store.status(run.id)
     if found in ("done", "diverged", "damaged"): return found
-    if store.work(run).is_dir() and _held(run, store): return "running"
+    if store.work(run).is_dir() and held(store.lock(run)): return "running"
     return "waiting" if found == "missing" else found
-
-# %% ../../nbs/study/standing.ipynb #769589a5
-def _held(run:Run, store:Store) -> bool:
-    "Whether some process is at it"
-    try: store.lock(run).acquire(timeout=0).lock.release()
-    except Timeout: return True
-    except OSError: return True # not ours to try: another user's
-    return False
 
 # %% ../../nbs/study/standing.ipynb #020498d6
 def standing_frame(store:Store):
@@ -47,18 +38,10 @@ def _detectors(store:Store) -> list[Run]:
     "The detectors that were asked for, and all that they hang on"
     return runs_of([Cell("", "", "", 0., "", 0, r, r) for r in map(Run.read, sorted((store/DETECTORS).glob("*.json")))])
 
-# %% ../../nbs/study/standing.ipynb #44311dbd
-def _error(run:Run, store:Store, status:str) -> str:
-    "Why there is no result"
-    if status in ("failed", "diverged"): return store.record(run.id).get("error", "")
-    try: store.record(run.id)
-    except UserError as e: return str(e)
-    return ""
-
-# %% ../../nbs/study/standing.ipynb #551d073f
+# %% ../../nbs/study/standing.ipynb #d1a6dc68
 def _row(run:Run, store:Store) -> dict:
     status = standing_of(run, store)
-    far, error = store.progress(run.id) if status == "running" else None, _error(run, store, status)
+    far, error = store.progress(run.id) if status == "running" else None, store.error(run.id)
     return dict(run=run.id, what=run.label, status=status, now=f"epoch {far['epoch']} of {far['epochs']}" if far else "", error=error)
 
 # %% ../../nbs/study/standing.ipynb #ceb1250e

@@ -6,7 +6,7 @@
 __all__ = ['write_plan', 'is_batch', 'read_plan', 'state_of', 'status_frame', 'summary', 'report', 'under_way', 'still_running',
            'latest']
 
-# %% ../../nbs/study/status.ipynb #0726056b
+# %% ../../nbs/study/status.ipynb #9d916c40
 import json, time
 from collections import Counter
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ from pathlib import Path
 from filelock import Timeout
 
 from ..core.errors import UserError
-from ..core.files import write_text
+from ..core.files import held, write_text
 from ..core.record import read_json
 from .carry import read_state, task_lock
 from .estimate import in_words
@@ -47,23 +47,15 @@ def read_plan(out) -> dict:
     if not isinstance(plan, dict) or not {"title", "store", "tasks"} <= plan.keys() or not all(isinstance(t, dict) and {"name", "id", "runs"} <= t.keys() for t in plan["tasks"]): raise UserError(f"{out} is no folder of a batch: it has no {_PLAN} of one; give the folder that `rethink-nb batch` named")
     return plan
 
-# %% ../../nbs/study/status.ipynb #9f53f163
+# %% ../../nbs/study/status.ipynb #f89fe35e
 def state_of(
     out,
     entry:dict, # of the plan
 ) -> dict: # status: waiting, running, done, failed, killed or skipped; and what else is known
     "How a notebook is doing"
     state = read_state(out, entry["name"]) or {}
-    if state.get("id") != entry["id"] or state["status"] == "busy" or state["status"] == "running" and not _held(out, entry["name"]): return dict(status="waiting")
+    if state.get("id") != entry["id"] or state["status"] == "busy" or state["status"] == "running" and not held(task_lock(out, entry["name"])): return dict(status="waiting")
     return state
-
-# %% ../../nbs/study/status.ipynb #b66ad697
-def _held(out, name:str) -> bool:
-    "Whether some process is at a task; what has died in the middle holds nothing any more"
-    try: task_lock(out, name).acquire(timeout=0).lock.release()
-    except Timeout: return True
-    except OSError: return True # not ours to try: another user's
-    return False
 
 # %% ../../nbs/study/status.ipynb #3714e722
 def status_frame(
@@ -125,10 +117,10 @@ def under_way(out):
     try: yield
     finally: lock.release()
 
-# %% ../../nbs/study/status.ipynb #4634f921
+# %% ../../nbs/study/status.ipynb #51f7233e
 def still_running(out) -> bool:
     "Whether a batch is at it in this folder"
-    return _held(out, _BATCH)
+    return held(task_lock(out, _BATCH))
 
 # %% ../../nbs/study/status.ipynb #4992d764
 def latest(folder) -> Path:

@@ -85,6 +85,13 @@ def status(self:Store, id:str) -> str:
     try: return (self.record(id) or {}).get("status", "missing")
     except UserError: return "damaged"
 
+# %% ../../nbs/study/store.ipynb #f7162d75
+@patch
+def error(self:Store, id:str) -> str:
+    "Why a run has no result; empty where it has one, or was not tried"
+    try: return (self.record(id) or {}).get("error", "")
+    except UserError as e: return str(e)
+
 # %% ../../nbs/study/store.ipynb #f01d818b
 @patch
 def records(self:Store) -> tuple[list[dict], list[str]]:

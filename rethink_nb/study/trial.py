@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FIGURES', 'Trial', 'stored_trials', 'grouped']
 
-# %% ../../nbs/study/trial.ipynb #06d0038b
+# %% ../../nbs/study/trial.ipynb #c6e3ec3a
 import sys
 from collections.abc import Iterable
 from functools import cached_property
@@ -16,6 +16,7 @@ from fastcore.basics import patch
 from ..core.errors import UserError
 from ..core.imports import nbformat_imported
 from .cells import Cell, runs_of
+from .detector import DETECTORS
 from .frames import classes_frame, cost_frame, curve_frame, spent_frame, trial_frame, widths_frame
 from .compared import comparisons, pair_of
 from .grid import Study, scales
@@ -61,7 +62,7 @@ def check(self:Trial, workers:int | None=None, device:str="auto", root=None, mor
     check_methods([*self.todo, *more])
     load_all([*self.runs, *more], self.store, root)
 
-# %% ../../nbs/study/trial.ipynb #f89b0171
+# %% ../../nbs/study/trial.ipynb #cbc7598e
 @patch
 def run(self:Trial,
     workers:int | None=None, # processes; see `run_all`
@@ -78,6 +79,8 @@ def run(self:Trial,
         for s in self.studies:
             if s.parent: adopt(s.parent_run(0), s.parent, self.store, device, root)
         for s in self.studies if not in_batch() else (): s.write(self.store/"studies"/f"{s.id}.json") # a batch has written the whole of which this is a part
+        for r in more:
+            if r.kind == "detect": r.write(self.store/DETECTORS/f"{r.id}.json") # so that the store knows what is still to come
         told(run_all(runs, self.store, workers, device, root, progress))
     return self
 
