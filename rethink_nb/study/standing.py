@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['standing_of', 'standing_frame', 'standing', 'at_work']
 
-# %% ../../nbs/study/standing.ipynb #e31be81f
+# %% ../../nbs/study/standing.ipynb #502c22cf
 from collections import Counter
 
 from ..core.errors import UserError
@@ -15,7 +15,7 @@ from .detector import DETECTORS
 from .estimate import estimate, in_words, pace
 from .step import Run
 from .store import Store
-from .trial import stored_trials
+from .trial import Trial, stored_trials
 
 # %% ../../nbs/study/standing.ipynb #ba901d65
 def standing_of(run:Run, store:Store) -> str: # done, diverged, damaged, failed, running or waiting
@@ -25,11 +25,16 @@ def standing_of(run:Run, store:Store) -> str: # done, diverged, damaged, failed,
     if store.work(run).is_dir() and held(store.lock(run)): return "running"
     return "waiting" if found == "missing" else found
 
-# %% ../../nbs/study/standing.ipynb #020498d6
+# %% ../../nbs/study/standing.ipynb #fb362a77
 def standing_frame(store:Store):
     "One row a run of the studies in a store: what it does, how it stands, how far it is, and why it failed, as a DataFrame"
+    return _framed(store, stored_trials(store, ()), _detectors(store))
+
+# %% ../../nbs/study/standing.ipynb #8eb41cc7
+def _framed(store:Store, trials:list[Trial], seeing:list[Run]):
+    "The frame of these studies and detectors"
     from pandas import DataFrame
-    runs = {r.id: r for r in [*(r for t in stored_trials(store, ()) for r in runs_of(t.cells)), *_detectors(store)]}
+    runs = {r.id: r for r in [*(r for t in trials for r in t.runs), *seeing]}
     if not runs: raise UserError(f"{store.path} holds no study and no batch: give the folder that was named when the runs were made")
     return DataFrame([_row(r, store) for r in runs.values()], columns=["run", "what", "status", "now", "error"])
 
@@ -44,26 +49,26 @@ def _row(run:Run, store:Store) -> dict:
     far, error = store.progress(run.id) if status == "running" else None, store.error(run.id)
     return dict(run=run.id, what=run.label, status=status, now=f"epoch {far['epoch']} of {far['epochs']}" if far else "", error=error)
 
-# %% ../../nbs/study/standing.ipynb #ceb1250e
+# %% ../../nbs/study/standing.ipynb #261ad97b
 def standing(store:Store) -> str:
     "A line that sums it up, what is running, and the error of each failure"
-    frame = standing_frame(store)
+    trials, seeing = stored_trials(store, ()), _detectors(store)
+    frame = _framed(store, trials, seeing)
     n = Counter(frame.status)
     words = ", ".join(f"{n[k]} {k}" for k in ("done", "running", "failed", "diverged", "damaged", "waiting") if n[k])
     now = [f"{r.what}: {r.now or 'first epoch'}" for r in frame[frame.status == "running"].itertuples()]
     wrong = [f"{r.what}  {r.status}: {r.error}" for r in frame[frame.status.isin(["failed", "diverged", "damaged"])].itertuples()]
-    return "\n".join([f"{words} of {len(frame)} runs{_left(store) if n['running'] or n['waiting'] else ''}", *now, *wrong])
+    return "\n".join([f"{words} of {len(frame)} runs{_left(store, trials, seeing) if n['running'] or n['waiting'] else ''}", *now, *wrong])
 
 # %% ../../nbs/study/standing.ipynb #af2160bb
 def at_work(store:Store) -> bool:
     "Whether a run of its studies is under way"
     return (standing_frame(store).status == "running").any()
 
-# %% ../../nbs/study/standing.ipynb #f0e36357
-def _left(store:Store) -> str:
+# %% ../../nbs/study/standing.ipynb #5023fbe1
+def _left(store:Store, trials:list[Trial], seeing:list[Run]) -> str:
     "What the missing runs cost one after another, at the pace of the finished ones"
-    studies = [s for t in stored_trials(store, ()) for s in t.studies]
-    each, e = pace(store, [r for s in studies for r in runs_of(s.cells())]), estimate(studies, store)
-    seeing = sum(standing_of(r, store) in ("waiting", "running", "failed") for r in _detectors(store) if r.kind == "detect")
-    more = f"{' and' if each and e.high else ';'} {seeing} detectors" if seeing else ""
+    each, e = pace(store, [r for t in trials for r in t.runs]), estimate([s for t in trials for s in t.studies], store)
+    left = sum(standing_of(r, store) in ("waiting", "running", "failed") for r in seeing if r.kind == "detect")
+    more = f"{' and' if each and e.high else ';'} {left} detectors" if left else ""
     return (f"; {in_words(each*e.low, each*e.high)} of training left, one after another" if each and e.high else "") + more
