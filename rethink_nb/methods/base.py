@@ -7,9 +7,10 @@ __all__ = ['CHANNEL_OPTIONS', 'methods', 'Ask', 'Choice', 'Method', 'channels_as
            'served', 'prune', 'plan_of', 'pruned_arch', 'names', 'images_wanted', 'info', 'training_options',
            'callbacks']
 
-# %% ../../nbs/methods/base.ipynb #4383b139
-from collections.abc import Callable, Iterable
+# %% ../../nbs/methods/base.ipynb #f2b1b90d
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from inspect import signature
 from numbers import Integral, Real
 from typing import Any
@@ -236,10 +237,14 @@ def info(name:str) -> Method:
     "What a method is"
     return methods.get(name)
 
-# %% ../../nbs/methods/base.ipynb #d09901ea
+# %% ../../nbs/methods/base.ipynb #2ac9781f
 def training_options(m:Method) -> dict[str, Any]: # None where there is no default
     "What a method's part in a training goes by, with the defaults"
-    return {k: None if p.default is p.empty else p.default for k, p in signature(m.callbacks).parameters.items()}
+    return {k: None if p.default is p.empty else p.default for k, p in _parameters(m.callbacks).items()}
+
+# %% ../../nbs/methods/base.ipynb #897d38c7
+@cache
+def _parameters(f:Callable) -> Mapping: return signature(f).parameters # a study asks for each of its runs
 
 # %% ../../nbs/methods/base.ipynb #f5de0d4c
 def callbacks(name:str, **options) -> tuple[Callback, ...]:

@@ -121,7 +121,7 @@ def _whole(s:Study, arm:Arm) -> Recipe:
     "The recipe that an arm's own is derived from: the parent's, or, where it shortens or goes back in the training of what is pruned, that one's"
     return s.recipe_after if arm.early or arm.rewound else s.recipe
 
-# %% ../../nbs/study/cells.ipynb #0adf19d1
+# %% ../../nbs/study/cells.ipynb #ab808477
 @patch
 def arm_run(self:Study, arm:Arm, ratio:float, seed:int) -> Run:
     "The run that answers an arm"
@@ -131,30 +131,42 @@ def arm_run(self:Study, arm:Arm, ratio:float, seed:int) -> Run:
     if not arm.trained: return start
     back = dict(init=self.first_run(ratio, seed, whole.epochs - arm.retraining(whole))) if arm.rewound else {}
     if not self.known: return self.found_run(arm, start, ratio, seed).replace(**back)
-    small = self.small(ratio) if arm.of == "method" else pruned_arch(arm.of, self.base, **self.control_run(arm.of, ratio, seed).request)
-    r = arm.recipe(whole, self.base.count().flops/small.count().flops, self.cap)
-    return Run(kind="train", data=self.images, arch=small if start else small.scratch(), recipe=r, start=start, seed=seed, **back)
+    return Run(kind="train", data=self.images, start=start, seed=seed, **self.trained_as(arm, ratio), **back)
 
-# %% ../../nbs/study/cells.ipynb #16af2909
+# %% ../../nbs/study/cells.ipynb #0316f96b
+@patch
+@remembered
+def trained_as(self:Study, arm:Arm, ratio:float) -> dict: # fields of the run
+    "The network that an arm trains, and by what recipe, the same for all seeds where the pruned network is known"
+    small = self.small(ratio) if arm.of == "method" else pruned_arch(arm.of, self.base, **self.control_run(arm.of, ratio, self.first_seed).request)
+    return dict(arch=small if arm.from_parent else small.scratch(), recipe=arm.recipe(_whole(self, arm), self.base.count().flops/small.count().flops, self.cap))
+
+# %% ../../nbs/study/cells.ipynb #3029887d
 @patch
 def found_run(self:Study, arm:Arm, start:Run | None, ratio:float, seed:int) -> Run:
     "The run that answers an arm, where the parent's weights say what stays: its epochs before any stretching"
-    whole = _whole(self, arm)
-    r = arm.recipe(whole).replace(skip=self.rewind if arm.late else 0)
     of = dict(start=start) if start else dict(shape=self.prune_run(self.method if arm.of == "method" else arm.of, ratio, seed))
-    weights = self.counts == {} # non-zero MACs alone: zeros save nothing in the reference's convention
-    if arm.stretched:
-        r, extra = r.scaled(r.epochs - arm.extra(whole)), arm.extra(whole) # what comes on top is not stretched
-        of |= dict(budget="nonzero_macs" if weights else "flops", cap=self.cap or (2. if weights else None), extra=extra)
-    return Run(kind="train", data=self.images, arch=None, recipe=r, seed=seed, **of)
+    return Run(kind="train", data=self.images, arch=None, seed=seed, **self.stretched_by(arm), **of)
 
-# %% ../../nbs/study/cells.ipynb #99aab132
+# %% ../../nbs/study/cells.ipynb #56b076ca
+@patch
+@remembered
+def stretched_by(self:Study, arm:Arm) -> dict: # fields of the run
+    "An arm's recipe before any stretching, and by what it is stretched"
+    whole, extra = _whole(self, arm), arm.extra(_whole(self, arm))
+    r = arm.recipe(whole).replace(skip=self.rewind if arm.late else 0)
+    if not arm.stretched: return dict(recipe=r)
+    weights = self.counts == {} # non-zero MACs alone: zeros save nothing in the reference's convention
+    return dict(recipe=r.scaled(r.epochs - extra), budget="nonzero_macs" if weights else "flops", cap=self.cap or (2. if weights else None), extra=extra) # what comes on top is not stretched
+
+# %% ../../nbs/study/cells.ipynb #b6c7caa9
 @patch
 @remembered
 def cells(self:Study) -> list[Cell]:
     "Every arm at every ratio and seed; the parent once a seed; a method is no control of itself"
-    own = [(a, ratio, s) for s in self.replicates for a in map(arm, self.arms) if self.method not in (a.start, a.of) for ratio in ((0.,) if a.start == "none" else self.levels)]
-    return [Cell(self.data, self.network, self.way, ratio, a.name, s, self.arm_run(a, ratio, s), self.parent_run(s)) for a, ratio, s in own]
+    kept, names = [a for a in map(arm, self.arms) if self.method not in (a.start, a.of)], (self.data, self.network, self.way)
+    own = [(a, ratio, s) for s in self.replicates for a in kept for ratio in ((0.,) if a.start == "none" else self.levels)]
+    return [Cell(*names, ratio, a.name, s, self.arm_run(a, ratio, s), self.parent_run(s)) for a, ratio, s in own]
 
 # %% ../../nbs/study/cells.ipynb #2e364190
 def runs_of(cells:list[Cell]) -> list[Run]:

@@ -60,17 +60,17 @@ def estimate_run(
     more = most*run.extra//run.recipe.epochs # epochs on top of those that are stretched
     return Estimate(1, most if run.budget and not run.cap else 0, most + more)
 
-# %% ../../nbs/study/estimate.ipynb #4f2abaa5
+# %% ../../nbs/study/estimate.ipynb #16b627ad
 def estimate(
     studies:Iterable[Study],
     store:Store | None=None, # its finished runs cost nothing more
     root=None, # where data files lie
 ) -> Estimate:
     "What studies cost together, shared runs once"
-    masked = {r.id: s.counts == {} for s in studies for r in runs_of(s.cells())}
-    todo = {r.id: r for s in studies for r in runs_of(s.cells()) if not (store and store.ended(r))}
-    images = {ref: images_in(ref, root) for ref in {r.data for r in todo.values()}}
-    return sum((estimate_run(r, images[r.data], masked[id]) for id, r in todo.items()), Estimate())
+    runs = {r.id: (r, s.counts == {}) for s in studies for r in runs_of(s.cells())} # and whether single weights go
+    todo = [(r, masked) for r, masked in runs.values() if not (store and store.ended(r))]
+    images = {ref: images_in(ref, root) for ref in {r.data for r, _ in todo}}
+    return sum((estimate_run(r, images[r.data], masked) for r, masked in todo), Estimate())
 
 # %% ../../nbs/study/estimate.ipynb #99adfdbd
 def pace(

@@ -31,38 +31,40 @@ from ..surgery.saved import load, read_weights, save
 from ..training.checkpoint import CHECKPOINTS
 from ..training.ledger import Cost
 
-# %% ../../nbs/study/store.ipynb #5c9d6951
+# %% ../../nbs/study/store.ipynb #cd69ee01
 class Store:
     "A folder of run folders"
-    def __init__(self, path="runs"): self.path, self.read = folder(path, "store"), {} # records that were read, by id, with the file's marks
+    def __init__(self, path="runs"):
+        self.path, self.read = folder(path, "store"), {} # records that were read, by id, with the file's marks
+        self.at = str(self.path) # a record is looked up so often that to join paths is felt
     def __repr__(self): return f"Store({str(self.path)!r}: {len(self.ids())} runs)"
     def __truediv__(self, name): return self.path/name
     def ids(self) -> list[str]:
         "Ids of all run folders"
         return sorted(p.parent.name for p in self.path.glob("*/record.json") if not p.parent.name.startswith("."))
 
-# %% ../../nbs/study/store.ipynb #45128c4c
+# %% ../../nbs/study/store.ipynb #7ecfb836
 @patch
 def record(self:Store, id:str) -> dict | None:
     "The record of a run, None when there is none; a damaged one is refused by its name. It is read once, and again when the file has changed: leave it as it is"
-    path = self/id/"record.json"
+    path = f"{self.at}/{id}/record.json"
     if (marks := _marks(path)) is None: return None
     if id not in self.read or self.read[id][0] != marks: self.read[id] = marks, _checked(path, id)
     return self.read[id][1]
 
-# %% ../../nbs/study/store.ipynb #fe2e6c86
-def _marks(path:Path) -> tuple | None: # None: there is no such file
+# %% ../../nbs/study/store.ipynb #0683a735
+def _marks(path:str) -> tuple | None: # None: there is no such file
     "What tells a file from the one that was there before"
-    try: at = path.stat()
+    try: at = os.stat(path)
     except (FileNotFoundError, NotADirectoryError): return None
     except OSError as e: raise UserError(f"{path}: cannot be read ({e.strerror})") from None
     return (at.st_mtime_ns, at.st_size, at.st_ino) if S_ISREG(at.st_mode) else None
 
-# %% ../../nbs/study/store.ipynb #d282c7ef
-def _checked(path:Path, id:str) -> dict:
+# %% ../../nbs/study/store.ipynb #90bdc136
+def _checked(path:str, id:str) -> dict:
     "A record from its file"
     found = read_json(path)
-    if not isinstance(found, dict) or "id" not in found or found.get("status") not in ("done", "diverged", "failed"): raise UserError(f"{path}: damaged: not a record; remove the folder {path.parent} to have it run again")
+    if not isinstance(found, dict) or "id" not in found or found.get("status") not in ("done", "diverged", "failed"): raise UserError(f"{path}: damaged: not a record; remove the folder {os.path.dirname(path)} to have it run again")
     if found["id"] != id: raise UserError(f"{path}: the record of run {found['id']}: the folder was copied or renamed; give it that name")
     return found
 
