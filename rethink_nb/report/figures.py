@@ -66,14 +66,14 @@ def _title(column:str) -> str:
     words = _words.get(column, column)
     return words[0].upper() + words[1:]
 
-# %% ../../nbs/report/figures.ipynb #81c27d17
+# %% ../../nbs/report/figures.ipynb #0f7eaac5
 def _panelled(frame, ratio=True):
     "The frame, refused when empty, with the words of its panels: `net` (and data set) and `cut` (method and, if asked, ratio)"
     if frame.empty: raise UserError("nothing to draw: the frame holds no row for this figure")
     frame = frame.sort_values(["network", "method", "ratio"], kind="stable")
     net = frame.network + " on " + frame["data"] if "data" in frame else frame.network
-    net = net.map(lambda words: "<br>".join(wrap(words, 34, break_on_hyphens=False)))  # a row title as long as its row is high
-    return frame.assign(net=net, cut=frame.method + frame.ratio.map(lambda r: f" {level_words(r)}" + (" removed" if r >= 0 else "")) if ratio else frame.method)
+    net = net.map({words: "<br>".join(wrap(words, 34, break_on_hyphens=False)) for words in net.unique()})  # a row title as long as its row is high
+    return frame.assign(net=net, cut=frame.method + frame.ratio.map({r: f" {level_words(r)}" + (" removed" if r >= 0 else "") for r in frame.ratio.unique()}) if ratio else frame.method)
 
 # %% ../../nbs/report/figures.ipynb #684394eb
 def _options(frame, height=300):
@@ -98,13 +98,13 @@ def _finish(fig, title, legend="arm (click to switch)"):
     lines = max((a.text.count("<br>") for a in fig.layout.annotations), default=0)
     return fig.update_layout(title=title, legend=dict(title=dict(text=legend, font_size=13), x=1.02 + .02*lines))
 
-# %% ../../nbs/report/figures.ipynb #be80638b
+# %% ../../nbs/report/figures.ipynb #7f532b52
 def _over_seeds(frame, x, y):
     "Mean, lowest and highest of `y` over the runs, at each epoch of an arm; the runs in words"
-    words = [f"seed {s}, {run}: {v:.2f}" for s, run, v in zip(frame.seed, frame.run, frame[y])]
+    words = [f"seed {s}, {run}: {v:.2f}" for s, run, v in zip(frame.seed, frame.run, frame[y])] if frame.seed.nunique() <= 20 else ""  # a longer list fits no screen
     keys = ["network", "net", "cut", "arm", "epoch"]
     groups = frame.assign(words=words, at=frame[x], of=frame[y]).groupby(keys, sort=False, as_index=False)
-    return groups.agg(x=("at", "mean"), y=("of", "mean"), lo=("of", "min"), hi=("of", "max"), runs=("words", "<br>".join))
+    return groups.agg(x=("at", "mean"), y=("of", "mean"), lo=("of", "min"), hi=("of", "max"), runs=("words", lambda w: "<br>".join(filter(None, w))))
 
 # %% ../../nbs/report/figures.ipynb #8b469547
 def _bands(mean, options):

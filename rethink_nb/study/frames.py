@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['history', 'trial_frame', 'curve_frame', 'classes_frame', 'widths_frame', 'cost_frame', 'spent_frame']
 
-# %% ../../nbs/study/frames.ipynb #3882666e
+# %% ../../nbs/study/frames.ipynb #4c09430c
 from collections import Counter
 from collections.abc import Callable, Iterable
-from functools import cache
+from functools import cache, lru_cache
 
+import torch
 from msgspec.structs import asdict
 
 from ..core.record import remembered
@@ -27,41 +28,42 @@ def history(run:Run) -> list[Run]:
     before = [x for b in (run.start, run.shape) if b for x in history(b)]
     return [*{r.id: r for r in before}.values(), run]
 
-# %% ../../nbs/study/frames.ipynb #4ab88950
+# %% ../../nbs/study/frames.ipynb #c701d232
 def trial_frame(cells:list[Cell], store:Store):
     "One row a cell as a DataFrame; cells without a result have status missing, failed or diverged"
     from pandas import DataFrame
     read = cache(lambda id: store.record(id) or {}) # many cells hang on one run
     cost = cache(lambda id: Cost(**read(id).get("cost", {})))
-    return DataFrame([_row(c, store, read, cost) for c in cells])
+    said = lru_cache(64)(store.said) # of parents, which the next cells ask for again
+    return DataFrame([_row(c, read, cost, said) for c in cells])
 
-# %% ../../nbs/study/frames.ipynb #6bf9c0d5
+# %% ../../nbs/study/frames.ipynb #50a8c52c
 def _row(
     cell:Cell,
-    store:Store,
     read:Callable[[str], dict], # record of a run by its id, empty: none
     cost:Callable[[str], Cost], # of a run by its id
+    said:Callable[[str], torch.Tensor | None], # classes that the network of a run gives to the test images
 ) -> dict:
     line = [read(r.id) for r in cell.run.lineage()]
-    last, total, own, first = line[-1], sum((cost(r.id) for r in history(cell.run)), Cost()), cost(cell.run.id), cell.run.lineage()[0]
+    last, whole, own, first = line[-1], [cost(r.id) for r in history(cell.run)], cost(cell.run.id), cell.run.lineage()[0]
     bad = [r["status"] for r in line if r.get("status") in ("diverged", "failed")]
     status = bad[0] if bad else last.get("status", "missing")
     exact = next((r["exactness"] for r in line if "exactness" in r), dict(max_error=float("nan"), scale=float("nan")))
     names = {k: getattr(cell, k) for k in ("data", "network", "method", "ratio", "arm", "seed")}
     return dict(**names, parent_seed=first.seed, run=cell.run.id, parent=first.id if len(line) > 1 else "", status=status,
-                **{k: last.get("metrics", {}).get(k, float("nan")) for k in ("test_acc", "test_loss", "test_top5", "test_ece", "best_test_acc", "val_acc", "val_loss")}, agreement=_agreement(cell, store),
+                **{k: last.get("metrics", {}).get(k, float("nan")) for k in ("test_acc", "test_loss", "test_top5", "test_ece", "best_test_acc", "val_acc", "val_loss")}, agreement=_agreement(cell, said),
                 epochs=last.get("epochs", cell.run.recipe.epochs if cell.run.kind == "train" else 0), **_size(last),
-                train_macs=own.macs, total_macs=total.macs, seconds=own.seconds, device_seconds=own.device_seconds, total_seconds=total.seconds, **exact)
+                train_macs=own.macs, total_macs=sum(c.macs for c in whole), seconds=own.seconds, device_seconds=own.device_seconds, total_seconds=sum(c.seconds for c in whole), **exact)
 
 # %% ../../nbs/study/frames.ipynb #3acceee5
 def _size(record:dict) -> dict:
     "Parameters, MACs and FLOPs; of a network with masks those of the weights that are there, but for FLOPs, which know no zeros"
     return {k: record.get(f"nonzero_{k}", record.get(k)) for k in ("params", "macs", "flops")}
 
-# %% ../../nbs/study/frames.ipynb #5b9b350c
-def _agreement(cell:Cell, store:Store) -> float:
+# %% ../../nbs/study/frames.ipynb #4e84199c
+def _agreement(cell:Cell, said:Callable[[str], torch.Tensor | None]) -> float:
     "Percent of test images on which the cell's network says what the parent of its seed says"
-    mine, theirs = store.said(cell.run.id), store.said(cell.parent.id)
+    mine, theirs = said(cell.run.id), said(cell.parent.id)
     return agreement(mine, theirs) if mine is not None and theirs is not None else float("nan")
 
 # %% ../../nbs/study/frames.ipynb #e5c5bfd3
@@ -92,14 +94,14 @@ def widths_frame(
     rows = [dict(data=s.data, network=s.arch, method=s.way, ratio=r, site=site, width=kept, full=full) for s in studies for r in s.levels for site, kept, full in _kept(s, r, store)]
     return DataFrame(rows).groupby(["data", "network", "method", "ratio", "site"], sort=False, as_index=False).mean() if rows else DataFrame()
 
-# %% ../../nbs/study/frames.ipynb #e953a143
+# %% ../../nbs/study/frames.ipynb #4d6888fa
 def _kept(s:Study, ratio:float, store:Store | None) -> list[tuple[str, int, int]]: # site, what is kept, of how many
     "What a study keeps at a ratio; once a seed where trained weights say it"
     free, widths = [x for x in s.base.sites() if x.free], lambda small: [(x.name, small.site(x.name).width, x.width) for x in free]
     if s.known: return widths(s.small(ratio))
     done = [r.id for r in (s.prune_run(s.method, ratio, seed) for seed in s.replicates) if store and store.done(r)]
     if s.counts != {}: return [row for id in done for row in widths(store.arch(id))]
-    return [(name.removesuffix(".weight"), int(m.sum()), m.numel()) for id in done for name, m in store.masks(id).items()]
+    return [(layer, kept, full) for id in done for layer, (kept, full) in store.kept(id).items()]
 
 # %% ../../nbs/study/frames.ipynb #d1d18be0
 def cost_frame(cells:list[Cell], store:Store):

@@ -104,7 +104,7 @@ def sections(self:Trial) -> list[tuple]:
             ("Accuracy against what it cost from nothing", self.drawn("cost")), *(("Channels kept" if k == "widths" else "Weights kept", self.drawn(k)) for k in self.kept_figures()),
             ("Smaller and masked network", str(self.exactness())), ("How to make it again", self.commands())]
 
-# %% ../../nbs/study/pages.ipynb #0d959afe
+# %% ../../nbs/study/pages.ipynb #0e0f07da
 def write_page_of(
     trials:list[Trial],
     path, # the html file
@@ -113,7 +113,7 @@ def write_page_of(
     from rethink_nb.report.page import write_page
     prefix = lambda t: f"Scale {t.studies[0].scale}, margin {t.points:g}: " if len(trials) > 1 else ""
     lead = " ".join(dict.fromkeys(t.note for t in trials))
-    return write_page(path, "After pruning: the weights, or the architecture?", lead, [(prefix(t) + h, body) for t in trials for h, body in t.sections()])
+    return write_page(path, "After pruning: the weights, or the architecture?", lead, [(prefix(t) + h, body) for t in trials for h, body in t.still().sections()])
 
 # %% ../../nbs/study/pages.ipynb #c407a3d5
 def write_results(

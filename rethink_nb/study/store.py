@@ -125,12 +125,12 @@ def plan(self:Store, id:str) -> Plan | None:
     path = self/id/"plan.json"
     return Plan.read(path) if path.is_file() else None
 
-# %% ../../nbs/study/store.ipynb #eab65f40
+# %% ../../nbs/study/store.ipynb #3a445c47
 @patch
 def said(self:Store, id:str) -> torch.Tensor | None:
     "The class that a run's network gives to each test image; None where it was not kept"
-    path = self/id/"predictions.safetensors"
-    return read_weights(path)["test"] if path.is_file() else None
+    path = f"{self.at}/{id}/predictions.safetensors"
+    return read_weights(path)["test"] if os.path.isfile(path) else None
 
 # %% ../../nbs/study/store.ipynb #c763a9fa
 @patch
@@ -138,6 +138,17 @@ def masks(self:Store, id:str) -> dict[str, torch.Tensor] | None:
     "Which weights a pruning left, by parameter name; None where channels went"
     plan = self.plan(id)
     return {k: m.tensor() for k, m in plan.masks.items()} or None if plan else None
+
+# %% ../../nbs/study/store.ipynb #9a9bc8ea
+@patch
+def kept(self:Store, id:str) -> dict[str, tuple[int, int]]:
+    "By layer how many weights a pruning left, of how many; a damaged run is refused by its name"
+    found = (self.record(id) or {}).get("kept") # a record from before this was noted has it in its masks alone
+    if found is None and (masks := self.masks(id)) is None: raise UserError(f"{self/id}: damaged: the masks of this pruning are not there; remove the folder to have it run again")
+    return {k: tuple(v) for k, v in (found or _kept(masks)).items()}
+
+# %% ../../nbs/study/store.ipynb #813952fc
+def _kept(masks:dict[str, torch.Tensor]) -> dict[str, tuple[int, int]]: return {k.removesuffix(".weight"): (int(m.sum()), m.numel()) for k, m in masks.items()}
 
 # %% ../../nbs/study/store.ipynb #8a406415
 @patch
@@ -219,7 +230,7 @@ def environment(
     return dict(python=platform.python_version(), torch=torch.__version__, machine=platform.machine(), system=platform.system(),
                 cpu=torch.backends.cpu.get_cpu_capability(), device=torch.cuda.get_device_name(device) if device.startswith("cuda") else device)
 
-# %% ../../nbs/study/store.ipynb #2ccaac31
+# %% ../../nbs/study/store.ipynb #b3459c06
 @patch
 def finish(self:Store,
     run:Run,
@@ -240,7 +251,7 @@ def finish(self:Store,
     if said is not None: write_bytes(at/"predictions.safetensors", save_tensors(dict(test=said.to(torch.int16))))
     if kept := {f"{i}.{k}": v.contiguous() for i, state in enumerate(states) for k, v in state.items()}: write_bytes(at/"callbacks.safetensors", save_tensors(kept))
     c = net.arch.count()
-    if masks: more |= dict(nonzero_params=c.params - sum(int((~m).sum()) for m in masks.values()), nonzero_macs=count(net, net.arch.input).nonzero_macs)
+    if masks: more |= dict(nonzero_params=c.params - sum(int((~m).sum()) for m in masks.values()), nonzero_macs=count(net, net.arch.input).nonzero_macs, kept=_kept(masks))
     return self._place(run, dict(status="done", metrics=metrics, cost=cost, params=c.params, macs=c.macs, flops=c.flops,
                                  weights_sha256=hashlib.sha256((at/"weights.safetensors").read_bytes()).hexdigest(), **more), device)
 

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['FIGURES', 'Trial', 'stored_trials', 'grouped']
 
-# %% ../../nbs/study/trial.ipynb #c6e3ec3a
+# %% ../../nbs/study/trial.ipynb #44afbc74
 import sys
 from collections.abc import Iterable
-from functools import cached_property
+from copy import copy
+from functools import cache, cached_property
 from pathlib import Path
 
 from fastcore.basics import patch
@@ -118,6 +119,15 @@ def frame(self:Trial):
 def curves(self:Trial):
     "One row an epoch of every training"
     return curve_frame(self.cells, self.store)
+
+# %% ../../nbs/study/trial.ipynb #1c5b8095
+@patch
+def still(self:Trial) -> Trial:
+    "The same trial as its store stands now: frame and curves are read when they are first asked for, and once"
+    now = copy(self)
+    now.cells = self.cells
+    now.frame, now.curves = cache(self.frame), cache(self.curves)
+    return now
 
 # %% ../../nbs/study/trial.ipynb #3ce8b069
 @patch
