@@ -157,6 +157,12 @@ def _names(text:str) -> list[str]:
     "Names separated by commas"
     return [n.strip() for n in text.split(",") if n.strip()]
 
+# %% ../nbs/cli.ipynb #b92669de
+def _numbers(text:str, what:str) -> list[int]:
+    "Whole numbers separated by commas"
+    try: return [int(n) for n in _names(text)]
+    except ValueError: raise UserError(f"{what} {text!r}: give whole numbers separated by commas") from None
+
 # %% ../nbs/cli.ipynb #304308fc
 def _ratio(text:str, what:str="ratio"):
     "'0.5' as a number, '0.6,0.3,0.1' as one a stage, '' as None"
@@ -178,11 +184,11 @@ def _source(source:str) -> tuple:
     if not (folder/"record.json").is_file(): return load(folder), f"the network in {folder}"
     return Store(folder.parent).network(folder.name), f"the network of run {folder.name}"
 
-# %% ../nbs/cli.ipynb #bf0d1ac4
+# %% ../nbs/cli.ipynb #777bc813
 def _trial(studies:list, out:Path, store, root, device, workers, stem:str, track:str=""):
     "Run what is missing, execute the notebook, write page and table; print the answer"
     from rethink_nb.study.notebook import experiment_of, run_notebook
-    from rethink_nb.study.pages import write_results
+    from rethink_nb.study.results import write_results
     from rethink_nb.study.trial import Trial
     trial = Trial(studies, store)
     options = dict(workers=workers or None, device=device, root=root or None)
@@ -195,7 +201,7 @@ def _trial(studies:list, out:Path, store, root, device, workers, stem:str, track
     print(trial.summary(), "", *(f"{what:<9} {path}" for what, path in {**write_results([trial], out, stem), "notebook": notebook, "store": trial.store.path}.items()), sep="\n")
     return 1 if trial.unfinished() else None # runs failed: told above
 
-# %% ../nbs/cli.ipynb #c565ccb5
+# %% ../nbs/cli.ipynb #82c4ea9b
 @command
 @call_parse
 def run(
@@ -223,6 +229,7 @@ def run(
     rewind:int=0, # lottery: steps after which the tickets' weights are those of the parent
     cap:float=0., # Scratch-B at most so many times as long as the parent; 0: twice where single weights go, else any
     primary:str="", # comparisons that the trial is about, named beforehand, separated by commas, such as "scratch-b vs fine-tune": verdicts on them are held against each other (Holm)
+    claims:str="", # of the paper, by their numbers, that the trial is about, separated by commas: its page says what may be said of them
     margin:float=0., # points of accuracy that count as equal; 0: the scale's
     alpha:float=.05, # intervals cover 1 - alpha
     store:str="runs", # folder of results
@@ -238,7 +245,7 @@ def run(
     if (numbers := _ratio(ratio)) is None: raise UserError("ratio '': give a number, or several separated by commas")
     s = Study(data=data, arch=arch, method=method, ratios=[] if target else numbers if isinstance(numbers, list) else [numbers], target=target, seeds=seeds, first_seed=first_seed, scale=scale or None, epochs=epochs or None,
               subset=subset or None, width=width, precision=precision, margin=margin or None, alpha=alpha, options=_options(options), rounds=rounds, rewind=rewind, cap=cap or None,
-              recipe_name=recipe, training=_options(training), reference=reference, parent=str(Path(parent).expanduser().resolve()) if parent else "", pretrained=pretrained, primary=_names(primary), **(dict(prices=_ratio(prices, "prices")) if prices else {}), **(dict(arms=_names(arms)) if arms else {}))
+              recipe_name=recipe, training=_options(training), reference=reference, parent=str(Path(parent).expanduser().resolve()) if parent else "", pretrained=pretrained, primary=_names(primary), claims=_numbers(claims, "claims"), **(dict(prices=_ratio(prices, "prices")) if prices else {}), **(dict(arms=_names(arms)) if arms else {}))
     other = f"-{s.id[:6]}" if s.way != method or arms or recipe or training or reference or parent or pretrained or prices or primary else "" # beside the pages of the same method with other options
     return _trial([s], folder(out, "out"), store, root, device, workers, f"{method}-{data}-{arch}{other}", track)
 
@@ -308,22 +315,29 @@ def status(
         time.sleep(2)
         print("\033[H\033[J" if sys.stdout.isatty() else "", told(), sep="")
 
-# %% ../nbs/cli.ipynb #08a580bf
+# %% ../nbs/cli.ipynb #485cee5b
 @command
 @call_parse
 def report(
+    study:Param("a study file (.toml), or the name of one that ships with the package; all studies of the store where it is left out", str, opt=False, nargs="?")="",
+    scale:str="", # smoke, pocket, paper or imagenet, where the file has several; empty: its first
     store:str="runs", # folder of results
-    out:str="", # the page; empty: report.html beside the store
+    out:str="", # the page, a name that ends in .html; tables get the same name, and their own ends; empty: report.html, or the study's name, beside the store
 ):
-    "Write the page of all studies in a store, and print their answer"
+    "Write page, CSV and LaTeX of a study, or of all that a store holds, and print the answer"
+    from rethink_nb.study.files import read_studies
+    from rethink_nb.study.results import write_results
     from rethink_nb.study.store import Store
-    from rethink_nb.study.pages import write_page_of
-    from rethink_nb.study.trial import stored_trials
+    from rethink_nb.study.trial import grouped, stored_trials
     if not Path(store).is_dir(): raise UserError(f"store {store}: no such folder")
     if out and not out.endswith(".html"): raise UserError(f"out {out}: give a file name that ends in .html")
-    trials = stored_trials(Store(store))
-    page = write_page_of(trials, out or Path(store).parent/"report.html")
-    print(*(t.summary() for t in trials), f"page      {page}", sep="\n\n")
+    if scale and not study: raise UserError(f"scale {scale}: it is one of a study file: name the file, too")
+    file = read_studies(study, scale) if study else None
+    trials = [t.still() for t in (grouped(file.studies, Store(store)) if file else stored_trials(Store(store)))]
+    if not any((t.frame().status == "done").any() for t in trials): raise UserError(f"store {store} has no finished run of {study or 'its studies'}: {f'rethink-nb batch {study} carries it out' if study else 'give the folder that was named when the runs were made'}")
+    page = Path(out) if out else Path(store).parent/f"{'-'.join(filter(None, [file.path.stem, scale])) if file else 'report'}.html"
+    made = write_results(trials, page.parent, page.stem, file.title if file else "")
+    print(*(t.summary() for t in trials), "\n".join(f"{what:<9} {path}" for what, path in made.items()), sep="\n\n")
 
 # %% ../nbs/cli.ipynb #d8c6b779
 def main(argv:list[str] | None=None) -> int: # exit code

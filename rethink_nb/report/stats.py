@@ -6,7 +6,7 @@
 __all__ = ['done', 'summary', 'interval', 'decide', 'seeds_needed', 'power', 'Comparison', 'compare', 'decided_at',
            'spread_parents', 'samples', 'verdicts', 'level_words', 'statement', 'Exactness', 'exactness']
 
-# %% ../../nbs/report/stats.ipynb #4520d7e7
+# %% ../../nbs/report/stats.ipynb #fe8bf8f4
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +16,7 @@ from scipy.stats import chi2, norm, t
 from statsmodels.stats.weightstats import CompareMeans, DescrStatsW
 
 from ..core.errors import UserError
+from .setups import check_setups, setup_words
 
 # %% ../../nbs/report/stats.ipynb #4ef598a2
 def done(frame):
@@ -170,23 +171,26 @@ def samples(frame, arm_a, arm_b, value="test_acc"):
     paired = "" not in parents and parents == b.parent.tolist() and len(set(parents)) == len(parents)
     return a[value].to_numpy(), b[value].to_numpy(), paired
 
-# %% ../../nbs/report/stats.ipynb #e74e5748
+# %% ../../nbs/report/stats.ipynb #a67a8b93
 def verdicts(frame, # the trial frame
              comparisons, # pairs (arm_a, arm_b)
              margin, # points
              alpha=.05, # every interval covers 1-alpha
              by=("data", "network", "method", "ratio"), # a verdict per group of these
              value="test_acc", # the column compared
+             mixed=False, # let runs of different setups stand for one arm
             ):
-    "A row per group and comparison with the fields of `Comparison`; a pair whose arm has no finished run is left out"
+    "A row per group and comparison with the fields of `Comparison`, and `setup`, in what the arms differ; a pair whose arm has no finished run is left out"
     _check(margin, alpha)
+    if not mixed: check_setups(frame, [*by, "arm"])
     rows = []
     for key, group in spread_parents(done(frame)).groupby(list(by), sort=False):
         for arm_a, arm_b in comparisons:
             if not {arm_a, arm_b} <= set(group.arm): continue
             a, b, paired = samples(group, arm_a, arm_b, value)
-            rows.append((*key, arm_a, arm_b, *compare(a, b, margin, alpha, paired)))
-    return pd.DataFrame(rows, columns=[*by, "arm_a", "arm_b", *Comparison._fields]).astype({"needed": "Int64"})
+            setup = setup_words(group[group.arm == arm_a], group[group.arm == arm_b], paired)
+            rows.append((*key, arm_a, arm_b, *compare(a, b, margin, alpha, paired), setup))
+    return pd.DataFrame(rows, columns=[*by, "arm_a", "arm_b", *Comparison._fields, "setup"]).astype({"needed": "Int64"})
 
 # %% ../../nbs/report/stats.ipynb #aa07a3d9
 def level_words(level:float) -> str: # a ratio, or a price as a negative number

@@ -6,11 +6,12 @@
 __all__ = ['ARM_ORDER', 'arm_base', 'arm_order', 'trial_table', 'in_order', 'missing', 'human', 'shown', 'beyond_table',
            'format_table', 'html_frame', 'html_table']
 
-# %% ../../nbs/report/tables.ipynb #272e7daf
+# %% ../../nbs/report/tables.ipynb #1ae6d2f2
 import numpy as np
 import pandas as pd
 
 from ..core.errors import UserError
+from .setups import check_setups
 from .stats import done, level_words, summary
 
 # %% ../../nbs/report/tables.ipynb #6c411fa4
@@ -31,12 +32,14 @@ def arm_order(arms):
 _keys = ["data", "network", "method", "ratio", "arm"]
 _costs = ["params", "macs", "train_macs", "total_macs", "epochs"]
 
-# %% ../../nbs/report/tables.ipynb #804953cb
+# %% ../../nbs/report/tables.ipynb #ba126c15
 def trial_table(frame, # the trial frame
                 alpha=.05, # the interval covers 1-alpha
                 value="test_acc", # the column that counts
+                mixed=False, # let runs of different setups stand in one row
                ):
     "A row per network, method, ratio and arm, parent first: accuracy with its interval, size, costs (means over the runs), and how many runs have diverged or failed"
+    if not mixed: check_setups(frame, _keys)
     if not frame.status.isin(["done", "diverged", "failed"]).any(): raise UserError("no finished run to put into a table")
     costs = done(frame).groupby(_keys, sort=False)[_costs].mean().reset_index()
     table = summary(frame, _keys, value, alpha).merge(costs, on=_keys).merge(_lost(frame), on=_keys, how="outer")

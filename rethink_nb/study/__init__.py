@@ -5,4 +5,4 @@ from .run import execute
 from .step import Run
 from .store import Store
 from .trial import Trial, stored_trials
-from . import pages # noqa: F401 (what a trial says of itself)
+from . import pages, results # noqa: F401 (what a trial says of itself, and writes)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Batch', 'listed']
 
-# %% ../../nbs/study/batch.ipynb #9f4b0d6d
+# %% ../../nbs/study/batch.ipynb #4190ac86
 import sys, time
 from contextlib import nullcontext
 from functools import cached_property, partial
@@ -22,7 +22,7 @@ from .cluster import client_at, local_client, places
 from .engine import Engine
 from .estimate import estimate, in_words, pace
 from .files import read_studies, study_files
-from .pages import write_results
+from .results import write_results
 from .pool import Bars
 from .carry import advanced, carry_out, finished, forget, noted
 from .status import under_way, write_plan
@@ -173,8 +173,8 @@ def write_plan(self:Batch):
     for s in self.file.studies: s.write(self.store/"studies"/f"{s.id}.json")
     write_plan(self.out, self.file.title, self.store, [*self.tasks, self.overview])
 
-# %% ../../nbs/study/batch.ipynb #a3c24717
+# %% ../../nbs/study/batch.ipynb #88fbff1f
 @patch
 def write_report(self:Batch) -> dict[str, Path]: # page, table, each run
     "Write page and tables of what there is"
-    return write_results(self.trials, self.out, "report")
+    return write_results(self.trials, self.out, "report", self.file.title)

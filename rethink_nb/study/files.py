@@ -18,7 +18,7 @@ from ..core.registry import Registry
 from .grid import Study, scales
 from .notebook import experiments_folder
 
-# %% ../../nbs/study/files.ipynb #9e052c58
+# %% ../../nbs/study/files.ipynb #1108b328
 @dataclass(frozen=True)
 class StudyFile:
     "What a file asks for"
@@ -27,7 +27,7 @@ class StudyFile:
     studies: tuple[Study, ...]
     scales: tuple[str, ...] = () # that it has
     scale: str = "" # of the studies
-    claims: tuple[int, ...] = () # which of the paper's it is about, by the numbers of the guide to them
+    claims: tuple[int, ...] = () # of the paper, that any of the studies is about
 
 # %% ../../nbs/study/files.ipynb #62e45277
 _NAMES = {"recipe": "recipe_name"} # of the file: of `Study`
@@ -54,7 +54,7 @@ def find_file(file) -> Path:
     if not path.is_file(): raise UserError(f"{path}: {'a folder' if path.is_dir() else 'no such file'}; give a .toml file, or one of {', '.join(study_files().names())}")
     return path.resolve()
 
-# %% ../../nbs/study/files.ipynb #15f11207
+# %% ../../nbs/study/files.ipynb #8e081f59
 def read_studies(
     file, # its path, or the name of one that ships with the package
     scale:str="", # one of those that the file has; empty: the first of them
@@ -65,16 +65,15 @@ def read_studies(
     except (OSError, UnicodeDecodeError) as e: raise UserError(f"{path}: cannot be read ({e})") from None
     try: data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as e: raise UserError(f"{path}: no TOML: {e}") from None
-    tables, title, claims = data.pop("study", [{}]), data.pop("title", path.stem), data.pop("claims", [])
+    tables, title = data.pop("study", [{}]), data.pop("title", path.stem)
     if not isinstance(title, str): raise UserError(f"{path}, line {_line(text, _Place('title'))}: title {title!r}: give words in quotes")
     if not tables or not isinstance(tables, list) or not all(isinstance(t, dict) for t in tables): raise UserError(f"{path}, line {_line(text, _Place('study'))}: write each study under a heading [[study]]")
-    if not isinstance(claims, list) or not all(type(c) is int and c > 0 for c in claims): raise UserError(f"{path}, line {_line(text, _Place('claims'))}: claims {claims!r}: give numbers in brackets")
     names = _scales(path, text, data, tables)
     scale = _picked(path, names, scale)
     layers = [[*_layers(data, 0, scale), *_layers(t, i, scale)] for i, t in enumerate(tables, 1)]
     studies = [s for own in layers for s in _made(path, text, own, scale)]
     if twice := next((s for i, s in enumerate(studies) if s in studies[:i]), None): raise UserError(f"{path}: {twice.way} on {twice.network}, {twice.data} stands twice")
-    return StudyFile(path, title, tuple(studies), tuple(names), scale, tuple(claims))
+    return StudyFile(path, title, tuple(studies), tuple(names), scale, tuple(sorted({c for s in studies for c in s.claims})))
 
 # %% ../../nbs/study/files.ipynb #186a0636
 @dataclass(frozen=True)
@@ -110,12 +109,12 @@ def _picked(path:Path, names:list[str], scale:str) -> str:
     if scale and scale not in names: raise UserError(f"{path} has no scale {scale!r}: {f'there are {chr(44).join(names)}' if names else 'it has none'}")
     return scale or (names[0] if names else "")
 
-# %% ../../nbs/study/files.ipynb #58738743
+# %% ../../nbs/study/files.ipynb #2b453c60
 def _check_keys(path:Path, text:str, table:dict, number:int, scale:str=""):
     "Refuse a key that nothing has, with the nearest one"
     for k in table:
         if k in keys(): continue
-        near = get_close_matches(k, [*keys(), "title", "claims", "study", "scales"], n=1)
+        near = get_close_matches(k, [*keys(), "title", "study", "scales"], n=1)
         raise UserError(f"{path}, line {_line(text, _Place(k, number, scale))}: unknown key {k!r}: {f'did you mean {near[0]}?' if near else 'there are ' + ', '.join(keys())}")
 
 # %% ../../nbs/study/files.ipynb #946326de

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['history', 'trial_frame', 'curve_frame', 'classes_frame', 'widths_frame', 'cost_frame', 'spent_frame']
 
-# %% ../../nbs/study/frames.ipynb #4c09430c
+# %% ../../nbs/study/frames.ipynb #740db7a3
 from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import cache, lru_cache
@@ -19,6 +19,7 @@ from .grid import Study
 from .step import Run
 from .store import Store
 from ..training.ledger import Cost
+from ..training.recipe import Recipe
 from ..training.scores import agreement
 
 # %% ../../nbs/study/frames.ipynb #2f06a682
@@ -37,7 +38,7 @@ def trial_frame(cells:list[Cell], store:Store):
     said = lru_cache(64)(store.said) # of parents, which the next cells ask for again
     return DataFrame([_row(c, read, cost, said) for c in cells])
 
-# %% ../../nbs/study/frames.ipynb #50a8c52c
+# %% ../../nbs/study/frames.ipynb #0044d926
 def _row(
     cell:Cell,
     read:Callable[[str], dict], # record of a run by its id, empty: none
@@ -50,10 +51,16 @@ def _row(
     status = bad[0] if bad else last.get("status", "missing")
     exact = next((r["exactness"] for r in line if "exactness" in r), dict(max_error=float("nan"), scale=float("nan")))
     names = {k: getattr(cell, k) for k in ("data", "network", "method", "ratio", "arm", "seed")}
-    return dict(**names, parent_seed=first.seed, run=cell.run.id, parent=first.id if len(line) > 1 else "", status=status,
+    trained = cell.run.kind == "train"
+    return dict(**names, parent_seed=first.seed, run=cell.run.id, group=last.get("group", ""), parent=first.id if len(line) > 1 else "", status=status,
                 **{k: last.get("metrics", {}).get(k, float("nan")) for k in ("test_acc", "test_loss", "test_top5", "test_ece", "best_test_acc", "val_acc", "val_loss")}, agreement=_agreement(cell, said),
-                epochs=last.get("epochs", cell.run.recipe.epochs if cell.run.kind == "train" else 0), **_size(last),
+                epochs=last.get("epochs", cell.run.recipe.epochs if trained else 0), schedule=_schedule(cell.run.recipe) if trained else "", **_size(last),
                 train_macs=own.macs, total_macs=sum(c.macs for c in whole), seconds=own.seconds, device_seconds=own.device_seconds, total_seconds=sum(c.seconds for c in whole), **exact)
+
+# %% ../../nbs/study/frames.ipynb #a06c5cd2
+def _schedule(r:Recipe) -> str:
+    "The course of the learning rate in a few words"
+    return f"{r.schedule}{' from' if r.schedule != 'constant' else ''} {r.lr:g}{f', its last {r.last} epochs' if r.last is not None else ''}{f', from step {r.skip}' if r.skip else ''}"
 
 # %% ../../nbs/study/frames.ipynb #3acceee5
 def _size(record:dict) -> dict:

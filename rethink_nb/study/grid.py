@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['scales', 'USUAL', 'Scale', 'Study']
 
-# %% ../../nbs/study/grid.ipynb #0fc4e1de
+# %% ../../nbs/study/grid.ipynb #79ad6c0d
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -22,6 +22,7 @@ from ..core.record import Record, check_types, remembered
 from ..methods.all import methods
 from ..methods.amounts import check_ratio
 from ..methods.base import callbacks, pruned_arch, read_request, training_options, typed
+from ..report.claims import CLAIMS
 from .compared import pair_of
 from .given import given_net, weights_digest
 from .step import DataRef
@@ -31,15 +32,16 @@ from ..training.device import best_precision, pick_device
 from ..training.recipe import Recipe, has_recipe, recipes
 from ..training.recipe import recipe as recipe_of
 
-# %% ../../nbs/study/grid.ipynb #8fa511d1
+# %% ../../nbs/study/grid.ipynb #e059c9d7
 @dataclass(frozen=True)
 class Scale:
     "How much a study can say"
     margin: float # accuracies closer than this, in points, count as equivalent
     note: str # printed with every result
+    finds: bool = True # whether a result is one on pruning
 
 scales = {
-    "smoke": Scale(2., "This scale checks the rig and finds nothing: the network is tiny and so is the data."),
+    "smoke": Scale(2., "This scale checks the rig and finds nothing: the network is tiny and so is the data.", finds=False),
     "pocket": Scale(.5, "Small scale: what is said holds for these networks and data."),
     "paper": Scale(.3, "The paper's recipes."),
     "imagenet": Scale(.3, "The paper's recipes on ImageNet."),
@@ -51,7 +53,7 @@ USUAL = { # arms by what is pruned
     "tickets": ("parent", "ticket", "random-ticket", "scratch-b"),
 }
 
-# %% ../../nbs/study/grid.ipynb #ecee09f4
+# %% ../../nbs/study/grid.ipynb #9eed9ada
 class Study(Record, frozen=True):
     "One network, one data set, one method: which arms, ratios and seeds to run, and when two arms count as equal"
     data: str # a data set's name
@@ -81,6 +83,7 @@ class Study(Record, frozen=True):
     pretrained: str = "" # for a method that takes part in a training: that training starts from the plain parent, by this recipe; empty: from random weights
     target: str = "" # instead of ratios: one of the paper's pruned networks, by its letter, such as "A" for resnet56-A
     primary: tuple[str, ...] = () # comparisons that the study is about, such as "scratch-b vs fine-tune", named beforehand: verdicts on them hold for all of them together (Holm)
+    claims: tuple[int, ...] = () # of the paper, by their numbers in `report.claims`, that the study is about
     schema: ClassVar[int] = 2 # 2: precision is "auto" unless it is given; it was "fp32"
 
     @classmethod
@@ -173,7 +176,7 @@ def _canonical(s:Study) -> dict:
     given = {k: typed(k, v, defaults[k]) for k, v in s.options.items()}
     return {k: v for k, v in given.items() if v != defaults[k]}
 
-# %% ../../nbs/study/grid.ipynb #58b10231
+# %% ../../nbs/study/grid.ipynb #0e4f215a
 def _check_study(s:Study):
     "Refuse numbers that cannot be"
     _check_training(s)
@@ -183,6 +186,7 @@ def _check_study(s:Study):
     if not 0 <= s.first_seed <= 1_000_000: raise UserError(f"first_seed {s.first_seed}: give a number from 0 to 1,000,000")
     if not 0 < s.alpha < 1: raise UserError(f"alpha {s.alpha}: give a number between 0 and 1, such as 0.05 for 95 % intervals")
     if s.margin is not None and not 0 < s.margin <= 100: raise UserError(f"margin {s.margin}: give points of accuracy above 0")
+    if wrong := [c for c in s.claims if c not in CLAIMS]: raise UserError(f"claims {wrong[0]}: the paper's claims are numbered from 1 to {len(CLAIMS)}")
     for p in s.primary:
         if missing := [a for a in pair_of(p, "primary") if a not in s.arms]: raise UserError(f"primary {p!r}: {missing[0]} is no arm of the study: there are {', '.join(s.arms)}")
     if s.cap is not None and not 1 <= s.cap < float("inf"): raise UserError(f"cap {s.cap}: give a factor of at least 1")

@@ -46,12 +46,12 @@ def parent_study(
     same = ("data", "arch", "scale", "epochs", "subset", "width", "precision", "alpha", "recipe_name", "training", "reference")
     return Study(**added, **{k: getattr(s, k) for k in same}, arms=("parent",), seeds=1, first_seed=seed)
 
-# %% ../../nbs/study/tasks.ipynb #75b54e0f
+# %% ../../nbs/study/tasks.ipynb #fef967ad
 def parts_of(s:Study) -> list[Study]:
     "A study for each ratio, or price, and seed"
     of = "prices" if s.prices else "ratios"
     levels = [{}] if s.target else [{of: (level,)} for level in getattr(s, of)]
-    return [s.replace(**level, seeds=1, first_seed=seed, primary=()) for level in levels for seed in s.replicates]
+    return [s.replace(**level, seeds=1, first_seed=seed, primary=(), claims=()) for level in levels for seed in s.replicates]
 
 # %% ../../nbs/study/tasks.ipynb #10ebf117
 def _named(what:str, s:Study, more:str) -> str:
