@@ -315,7 +315,7 @@ def status(
         time.sleep(2)
         print("\033[H\033[J" if sys.stdout.isatty() else "", told(), sep="")
 
-# %% ../nbs/cli.ipynb #485cee5b
+# %% ../nbs/cli.ipynb #1269b1f8
 @command
 @call_parse
 def report(
@@ -323,6 +323,8 @@ def report(
     scale:str="", # smoke, pocket, paper or imagenet, where the file has several; empty: its first
     store:str="runs", # folder of results
     out:str="", # the page, a name that ends in .html; tables get the same name, and their own ends; empty: report.html, or the study's name, beside the store
+    inside:bool=False, # with distributions of weights and scaling factors, and places in kernels: every network is opened, which takes longer
+    latency:bool=False, # with milliseconds: every network is timed on this machine
 ):
     "Write page, CSV and LaTeX of a study, or of all that a store holds, and print the answer"
     from rethink_nb.study.files import read_studies
@@ -336,7 +338,7 @@ def report(
     trials = [t.still() for t in (grouped(file.studies, Store(store)) if file else stored_trials(Store(store)))]
     if not any((t.frame().status == "done").any() for t in trials): raise UserError(f"store {store} has no finished run of {study or 'its studies'}: {f'rethink-nb batch {study} carries it out' if study else 'give the folder that was named when the runs were made'}")
     page = Path(out) if out else Path(store).parent/f"{'-'.join(filter(None, [file.path.stem, scale])) if file else 'report'}.html"
-    made = write_results(trials, page.parent, page.stem, file.title if file else "")
+    made = write_results(trials, page.parent, page.stem, file.title if file else "", inside=inside, latency=latency)
     print(*(t.summary() for t in trials), "\n".join(f"{what:<9} {path}" for what, path in made.items()), sep="\n\n")
 
 # %% ../nbs/cli.ipynb #d8c6b779

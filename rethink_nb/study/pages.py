@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['setup_of', 'command']
 
-# %% ../../nbs/study/pages.ipynb #2ecea824
+# %% ../../nbs/study/pages.ipynb #01af2317
 import shlex
 
 from fastcore.basics import patch
 
 from ..core.errors import UserError
 from ..methods.plugins import plugin_of, plugins_loaded
+from .figures import FIGURES # noqa: F401 (gives Trial its figures)
 from .grid import USUAL, Study, scales
 from .limits import limits # noqa: F401 (gives Trial its limits)
 from .store import Store
@@ -85,6 +86,18 @@ def kept_figures(self:Trial) -> list[str]:
     "Which of the figures `widths` and `weights` have something to show"
     return [k for k, weights in (("widths", False), ("weights", True)) if any((s.counts == {}) == weights for s in self.studies)]
 
+# %% ../../nbs/study/pages.ipynb #555fbd5b
+_HEADINGS = {"arms": "Accuracy of every arm", "verdicts": "Verdicts as a map", "curves": "Accuracy over training", "ratios": "Accuracy over what was removed", "cost": "Accuracy against what it cost from nothing", "latency": "Accuracy against milliseconds",
+             "widths": "Channels kept", "weights": "Weights kept", "uniform": "Found and uniform widths", "positions": "Weights kept at each place of the kernels", "distributions": "Distribution of weights", "gammas": "Distribution of scaling factors"}
+
+@patch
+def fitting(self:Trial, inside:bool=False, latency:bool=False) -> list[str]:
+    "Which figures have something to show on a page; those that open every network, or time it, where that is asked for"
+    several, found = any(len(s.ratios) > 1 for s in self.studies), any(s.prunes == "channels" and not s.known for s in self.studies)
+    kept = self.kept_figures()
+    return ["verdicts", "curves", *(["ratios"] if several else []), "cost", *(["latency"] if latency else []), *kept, *(["uniform"] if found else []),
+            *(["positions"] if inside and "weights" in kept else []), *(["distributions", "gammas"] if inside else [])]
+
 # %% ../../nbs/study/pages.ipynb #c3524c71
 _ROUNDS = "rounds: what is fine-tuned was trained between its rounds, too, and its cost from zero says so; random channels and shuffled masks are cut from the parent in one step"
 _MASKED = "params, MACs: where single weights go, those that stay; training computes all, and so do its costs"
@@ -95,9 +108,12 @@ def drawn(self:Trial, kind:str):
     try: return self.figure(kind)
     except UserError as e: return str(e)
 
-# %% ../../nbs/study/pages.ipynb #696b2ad7
+# %% ../../nbs/study/pages.ipynb #31dc4d34
 @patch
-def sections(self:Trial) -> list[tuple]:
+def sections(self:Trial,
+    inside:bool=False, # with distributions of weights and scaling factors, and places in kernels: every network is opened
+    latency:bool=False, # with milliseconds: every network is timed on this machine, now
+) -> list[tuple]:
     "Headings and bodies of its page"
     from rethink_nb.report.answers import verdict_table
     from rethink_nb.report.tables import shown
@@ -108,8 +124,7 @@ def sections(self:Trial) -> list[tuple]:
            "n=3 pairs: both arms of a pair hang on one parent; n=3+3: they do not",
            "power: the chance that arms which are alike come out equivalent, with as many runs of such a spread; seeds to decide: about how many an arm would, if the difference stayed as it is"]
     return [("What was run", [*self.setup(), self.caution()]), ("Verdicts", [self.verdict_lines(), verdict_table(self.verdicts())]), ("What may not be concluded", self.limits()), ("How to read this", how),
-            ("Accuracy of every arm", self.drawn("arms")), ("Every arm", [shown(self.table()), *filter(None, [self.unfinished()])]), *self.lost_section(), ("Beyond accuracy", self.beyond()), ("Accuracy over training", self.drawn("curves")),
-            ("Accuracy against what it cost from nothing", self.drawn("cost")), *(("Channels kept" if k == "widths" else "Weights kept", self.drawn(k)) for k in self.kept_figures()),
+            (_HEADINGS["arms"], self.drawn("arms")), ("Every arm", [shown(self.table()), *filter(None, [self.unfinished()])]), *self.lost_section(), ("Beyond accuracy", self.beyond()), *((_HEADINGS[k], self.drawn(k)) for k in self.fitting(inside, latency)),
             ("Smaller and masked network", str(self.exactness())), ("Beside the paper's numbers", self.beside_paper()), ("The paper's claims", self.claims()), ("How to make it again", self.commands())]
 
 # %% ../../nbs/study/pages.ipynb #9ad609c7

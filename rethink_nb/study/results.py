@@ -15,31 +15,33 @@ from ..core.files import write_text
 from .pages import sections # noqa: F401 (gives Trial its words)
 from .trial import Trial
 
-# %% ../../nbs/study/results.ipynb #8a38e7c8
+# %% ../../nbs/study/results.ipynb #6112abf3
 def write_page_of(
     trials:list[Trial],
     path, # the html file
     title:str="", # of the page; empty: the question
+    **parts, # of the page, that take longer; see `Trial.sections`
 ) -> Path:
     "Write one self-contained page with verdicts, tables and interactive figures"
     from rethink_nb.report.page import write_page
     prefix = lambda t: f"Scale {t.studies[0].scale}, margin {t.points:g}: " if len(trials) > 1 else ""
     lead = " ".join(dict.fromkeys(t.note for t in trials))
-    return write_page(path, title or "After pruning: the weights, or the architecture?", lead, [(prefix(t) + h, body) for t in trials for h, body in t.still().sections()])
+    return write_page(path, title or "After pruning: the weights, or the architecture?", lead, [(prefix(t) + h, body) for t in trials for h, body in t.still().sections(**parts)])
 
-# %% ../../nbs/study/results.ipynb #cd4f66ef
+# %% ../../nbs/study/results.ipynb #c2d85751
 def write_results(
     trials:list[Trial],
     out, # folder
     stem:str, # of the files' names
     title:str="", # of the page; empty: the question
+    **parts, # of the page, that take longer; see `Trial.sections`
 ) -> dict[str, Path]: # page, table, verdicts, each run, LaTeX
     "Write page and tables"
     from pandas import concat
     trials, at = [t for t in map(Trial.still, trials) if t.frame().status.isin(["done", "diverged", "failed"]).any()], lambda end: Path(out)/f"{stem}{end}"
     if not trials: raise UserError("nothing to report: no run has ended")
     csv = lambda made: concat([made(t) for t in trials], ignore_index=True).to_csv(index=False)
-    return {"page": write_page_of(trials, at(".html"), title), "table": write_text(at(".csv"), csv(lambda t: t.table())), "verdicts": write_text(at("-verdicts.csv"), csv(lambda t: t.verdicts())),
+    return {"page": write_page_of(trials, at(".html"), title, **parts), "table": write_text(at(".csv"), csv(lambda t: t.table())), "verdicts": write_text(at("-verdicts.csv"), csv(lambda t: t.verdicts())),
             "each run": write_text(at("-runs.csv"), csv(lambda t: t.frame())), "LaTeX": write_text(at(".tex"), latex_of(trials))}
 
 # %% ../../nbs/study/results.ipynb #48b29f26
