@@ -53,8 +53,9 @@ pio.templates["rethink"] = go.layout.Template(layout=dict(
     legend=dict(groupclick="togglegroup", tracegroupgap=2),
     hoverlabel=dict(align="left", bgcolor="white", font=dict(size=13))))
 
-# %% ../../nbs/report/figures.ipynb #beadd375
+# %% ../../nbs/report/figures.ipynb #63d7e04b
 _along = dict(epoch="epoch", macs="MACs of this training", seconds="seconds of this training")  # of a curve
+_PERCENT = ("test_acc", "val_acc", "train_acc", "test_top5", "agreement", "map50", "best_test_acc")
 _words = {"macs": "MACs", "params": "parameters", "ratio": "share removed", "ms": "milliseconds of a forward pass",
           "total_macs": "MACs from nothing", "lr": "learning rate",
           "val_acc": "validation accuracy, %", "test_acc": "test accuracy, %", "train_acc": "training accuracy, %", "map50": "average precision (mAP) at half overlap, %",
@@ -66,26 +67,34 @@ def _title(column:str) -> str:
     words = _words.get(column, column)
     return words[0].upper() + words[1:]
 
-# %% ../../nbs/report/figures.ipynb #73adfb34
+# %% ../../nbs/report/figures.ipynb #a42b0a1c
 def panelled(frame, ratio=True):
-    "The frame, refused when empty, with the words of its panels: `net` (and data set) and `cut` (method and, if asked, ratio)"
+    "The frame, refused when empty, with the words of its panels: `net` (and data set), `cut` (method and, if asked, ratio), and both as `panel`"
     if frame.empty: raise UserError("nothing to draw: the frame holds no row for this figure")
-    frame = frame.sort_values(["network", "method", "ratio"], kind="stable")
+    frame = frame.sort_values(["network", "method", "ratio"], kind="stable", key=lambda c: c.abs() if c.name == "ratio" else c)  # prices, too, from the smallest
     net = frame.network + " on " + frame["data"] if "data" in frame else frame.network
     net = net.map({words: "<br>".join(wrap(words, 34, break_on_hyphens=False)) for words in net.unique()})  # a row title as long as its row is high
-    return frame.assign(net=net, cut=frame.method + frame.ratio.map({r: f" {level_words(r)}" + (" removed" if r >= 0 else "") for r in frame.ratio.unique()}) if ratio else frame.method)
+    cut = (frame.method + frame.ratio.map({r: f" {level_words(r)}" + (" removed" if r >= 0 else "") for r in frame.ratio.unique()})) if ratio else frame.method
+    return frame.assign(net=net, cut=cut, panel="<b>" + cut + "</b><br>" + net)
 
-# %% ../../nbs/report/figures.ipynb #16ecdb57
+# %% ../../nbs/report/figures.ipynb #a7a234c5
+_WIDE, _WRAP = 4, 3  # more columns than that are wrapped, so many in a row
+
 def options_of(frame, height=300):
     "What plotly express needs to give every figure of a panelled frame the same grid and look"
-    nets, cuts = (list(dict.fromkeys(frame[col])) for col in ("net", "cut"))
+    nets, cuts, panels = (list(dict.fromkeys(frame[col])) for col in ("net", "cut", "panel"))
     arms = arm_order(frame.arm) if "arm" in frame else []
-    colors, _ = arm_looks(arms)
-    return dict(facet_row="net", facet_col="cut", facet_row_spacing=min(45 / (height * len(nets)), .3), facet_col_spacing=.03,
-                category_orders=dict(net=nets, cut=cuts, arm=arms), color_discrete_map=colors,
-                template="rethink", height=height * len(nets) + 150)
+    wraps = len(cuts) > _WIDE
+    deep = -(-len(panels)//_WRAP) if wraps else len(nets)
+    grid = dict(facet_col="panel", facet_col_wrap=_WRAP) if wraps else dict(facet_row="net", facet_col="cut")
+    return dict(**grid, facet_row_spacing=min((110 if wraps else 45) / (height * deep), .8/deep), facet_col_spacing=.05 if wraps else .03,
+                category_orders=dict(net=nets, cut=cuts, panel=panels, arm=arms), color_discrete_map=arm_looks(arms)[0],
+                template="rethink", height=height * deep + 150)
 
-# %% ../../nbs/report/figures.ipynb #feab534b
+# %% ../../nbs/report/figures.ipynb #b4fbac09
+def _panel_title(words:str) -> str: return words if "<b>" in words else f"<b>{words}</b>"
+
+# %% ../../nbs/report/figures.ipynb #8a295cab
 def finish(fig, title, legend="arm (click to switch)"):
     "Axes shared along a row only, plain panel titles"
     lead = {}  # the first pair of axes of each row; panels of one row have one y domain
@@ -94,15 +103,15 @@ def finish(fig, title, legend="arm (click to switch)"):
         row = lead.setdefault(axes[1].domain, (t.xaxis, t.yaxis))
         for axis, own, first in zip(axes, (t.xaxis, t.yaxis), row): axis.matches = None if own == first else first
     fig.update_xaxes(showticklabels=True)
-    fig.for_each_annotation(lambda a: a.update(text=f"<b>{a.text.split('=', 1)[-1]}</b>", font_size=14))
-    lines = max((a.text.count("<br>") for a in fig.layout.annotations), default=0)
+    fig.for_each_annotation(lambda a: a.update(text=_panel_title(a.text.split("=", 1)[-1]), font_size=14))
+    lines = max((a.text.count("<br>") for a in fig.layout.annotations if a.textangle), default=0)  # of the titles of rows, which stand at the right
     return fig.update_layout(title=title, legend=dict(title=dict(text=legend, font_size=13), x=1.02 + .02*lines))
 
-# %% ../../nbs/report/figures.ipynb #7f532b52
+# %% ../../nbs/report/figures.ipynb #2d08e612
 def _over_seeds(frame, x, y):
     "Mean, lowest and highest of `y` over the runs, at each epoch of an arm; the runs in words"
     words = [f"seed {s}, {run}: {v:.2f}" for s, run, v in zip(frame.seed, frame.run, frame[y])] if frame.seed.nunique() <= 20 else ""  # a longer list fits no screen
-    keys = ["network", "net", "cut", "arm", "epoch"]
+    keys = ["network", "net", "cut", "panel", "arm", "epoch"]
     groups = frame.assign(words=words, at=frame[x], of=frame[y]).groupby(keys, sort=False, as_index=False)
     return groups.agg(x=("at", "mean"), y=("of", "mean"), lo=("of", "min"), hi=("of", "max"), runs=("words", lambda w: "<br>".join(filter(None, w))))
 
@@ -131,7 +140,7 @@ def fig_curves(curves, # the curve frame
     fig.add_traces(_bands(mean, options))
     return finish(fig, f"{_title(y)}: mean over the seeds, band from lowest to highest")
 
-# %% ../../nbs/report/figures.ipynb #03c04e34
+# %% ../../nbs/report/figures.ipynb #01cc042f
 def fig_arms(frame, # the trial frame
              value="test_acc", # the column shown
              alpha=.05, # the interval covers 1-alpha
@@ -141,30 +150,36 @@ def fig_arms(frame, # the trial frame
     runs = panelled(spread_parents(done(frame)))
     place = {arm: -i for i, arm in enumerate(arm_order(runs.arm))}
     options = options_of(runs, height=70 + 30 * len(place)) | dict(labels={value: _words.get(value, value), "mean": _words.get(value, value), "y": ""})
-    mean = summary(runs, ["net", "cut", "arm"], value, alpha)
-    fig = _means(mean.assign(y=mean.arm.map(place) + .12), "mean", "y", options)
+    mean = summary(runs, ["net", "cut", "panel", "arm"], value, alpha)
+    fig = _means(mean.assign(y=mean.arm.map(place) + .12), "mean", "y", options, value)
     fig.add_traces(_dots(runs.assign(y=runs.arm.map(place) - .22), value, "y", options))
     fig = finish(fig, f"{_title(value)}: every run, mean and {1 - alpha:.0%} interval")
     fig.for_each_trace(lambda t: t.update(visible="legendonly"), lambda t: t.name in hidden)
     return fig.update_yaxes(tickvals=list(place.values()), ticktext=list(place), range=[.6 - len(place), .6])
 
-# %% ../../nbs/report/figures.ipynb #613c3021
-def _means(mean, x, y, options):
+# %% ../../nbs/report/figures.ipynb #7974d5eb
+def _whiskers(means, value):
+    "Means with the lengths of their intervals above (`up`) and below (`down`); an interval of percentages is drawn up to 0 and 100, where they end"
+    lo, hi = (means.lo.clip(0, 100), means.hi.clip(0, 100)) if value in _PERCENT else (means.lo, means.hi)
+    return means.assign(up=hi - means["mean"], down=means["mean"] - lo)
+
+# %% ../../nbs/report/figures.ipynb #743b47b5
+def _means(mean, x, y, options, value):
     "A marker per arm with its interval along x"
-    hover = dict(n=True, sd=":.2f", lo=":.2f", hi=":.2f") | dict.fromkeys(["half", "y", "net", "cut"], False)
-    fig = px.scatter(mean.assign(half=mean.hi - mean["mean"]), x=x, y=y, error_x="half",
+    hover = dict(n=True, sd=":.2f", lo=":.2f", hi=":.2f") | dict.fromkeys(["up", "down", "y", "net", "cut", "panel"], False)
+    fig = px.scatter(_whiskers(mean, value), x=x, y=y, error_x="up", error_x_minus="down",
                      color="arm", symbol="arm", symbol_map=arm_looks(mean.arm)[1],
                      hover_data=hover, render_mode="svg", **options)
     return fig.update_traces(marker_size=11)
 
-# %% ../../nbs/report/figures.ipynb #3d919eee
+# %% ../../nbs/report/figures.ipynb #9ecfde91
 def _dots(runs, x, y, options):
     "A pale dot per run, without a place in the legend"
-    hover = dict(run=True, seed=True) | dict.fromkeys(["y", "net", "cut"], False)
+    hover = dict(run=True, seed=True) | dict.fromkeys(["y", "net", "cut", "panel"], False)
     fig = px.scatter(runs, x=x, y=y, color="arm", hover_data=hover, render_mode="svg", **options)
     return fig.update_traces(marker=dict(size=8, opacity=.55), showlegend=False).data
 
-# %% ../../nbs/report/figures.ipynb #1c22b698
+# %% ../../nbs/report/figures.ipynb #8b7a4b4c
 def fig_accuracy_cost(frame, # the trial frame
                       x="params", # params, macs (of one image), total_macs (of the training, from nothing), ms (of a forward pass) or ratio
                       value="test_acc", # the column shown
@@ -173,25 +188,25 @@ def fig_accuracy_cost(frame, # the trial frame
                      ):
     "Mean accuracy with its interval over a cost, a line per arm through the ratios, a panel per network and method"
     points = _cost_points(frame, x, value, alpha)
-    hover = dict(removed=True, n=True, sd=":.2f", half=False, net=False, cut=False)
-    fig = px.line(points.assign(half=points.hi - points["mean"], removed=points.ratio.map(level_words)), x=x, y="mean", error_y="half",
+    hover = dict(removed=True, n=True, sd=":.2f", lo=":.2f", hi=":.2f") | dict.fromkeys(["up", "down", "net", "cut", "panel"], False)
+    fig = px.line(_whiskers(points, value).assign(removed=points.ratio.map(level_words)), x=x, y="mean", error_y="up", error_y_minus="down",
                   color="arm", symbol="arm", symbol_map=arm_looks(points.arm)[1], markers=True, hover_data=hover,
                   labels={"mean": _words.get(value, value), x: _words.get(x, x)}, render_mode="svg", **options_of(points, height=330))
     fig.update_traces(marker_size=10, line_width=1.5)
     fig.for_each_trace(lambda t: t.update(visible="legendonly"), lambda t: t.name in hidden)
     return finish(fig, f"{_title(value)} over {_words.get(x, x)}: mean and {1 - alpha:.0%} interval")
 
-# %% ../../nbs/report/figures.ipynb #f70e7bed
+# %% ../../nbs/report/figures.ipynb #9da9ff66
 def _cost_points(frame, x, value, alpha):
     "Mean, interval and mean cost per arm and ratio; the parent once for each method, at ratio 0"
     runs = spread_parents(done(frame))
     runs = runs.assign(ratio=runs.ratio.where(runs.arm != "parent", 0.)).drop_duplicates(["data", "network", "method", "run"])
     runs = panelled(runs, ratio=False)
-    keys = ["net", "cut", "arm", "ratio"]
+    keys = ["net", "cut", "panel", "arm", "ratio"]
     found = summary(runs, keys, value, alpha)
     return found if x in keys else found.merge(runs.groupby(keys, as_index=False)[x].mean())
 
-# %% ../../nbs/report/figures.ipynb #5a8a659b
+# %% ../../nbs/report/figures.ipynb #45ae7756
 def fig_widths(widths, # columns network, method, ratio, site, width, full
                what="channels", # or "weights", of a layer
               ):
@@ -200,5 +215,5 @@ def fig_widths(widths, # columns network, method, ratio, site, width, full
     options = options_of(rows) | dict(color_discrete_map=dict(parent="#d4d4d4", kept="#0072B2"))
     bars = pd.concat([rows.assign(**{what: rows.full}, which="parent"), rows.assign(**{what: rows.width}, which="kept")])
     fig = px.bar(bars, x="site", y=what, color="which", barmode="overlay", opacity=1,
-                 hover_data=dict(net=False, cut=False), **options)
+                 hover_data=dict(net=False, cut=False, panel=False), **options)
     return finish(fig, f"{what.capitalize()} kept in each {'layer' if what == 'weights' else 'site'}", legend="")

@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['fig_distributions', 'fig_found']
 
-# %% ../../nbs/report/insides.ipynb #4e3119fc
+# %% ../../nbs/report/insides.ipynb #f20477e7
 import pandas as pd
 import plotly.express as px
 
 from ..core.errors import UserError
 from .figures import finish, options_of, panelled
+from .stats import spread_parents
 
-# %% ../../nbs/report/insides.ipynb #2a619332
+# %% ../../nbs/report/insides.ipynb #9c320d7e
 _WHAT = {"weights": "weight", "gammas": "scaling factor of batch norm"}
 
 def fig_distributions(frame, # columns network, method, ratio, arm, value (the middle of a bin), density
@@ -20,13 +21,13 @@ def fig_distributions(frame, # columns network, method, ratio, arm, value (the m
                      ):
     "A line an arm through its histogram, a panel per network, method and ratio"
     if what not in _WHAT: raise UserError(f"what must be one of {', '.join(_WHAT)}, got {what!r}")
-    rows = panelled(frame)
+    rows = panelled(spread_parents(frame))
     options = options_of(rows)
-    fig = px.line(rows, x="value", y="density", color="arm", line_shape="hvh", render_mode="svg", labels=dict(value=_WHAT[what], density="density"), hover_data=dict(net=False, cut=False), **options)
+    fig = px.line(rows, x="value", y="density", color="arm", line_shape="hvh", render_mode="svg", labels=dict(value=_WHAT[what], density="density"), hover_data=dict(net=False, cut=False, panel=False), **options)
     fig.update_traces(line_width=1.6)
-    return finish(fig, f"{_WHAT[what].capitalize()}s: how many lie about each value (those that were pruned left out)")
+    return finish(fig, f"{'Weights' if what == 'weights' else 'Scaling factors of batch norm'}: how many lie about each value{', those that are zero left out' if what == 'weights' else ''}")
 
-# %% ../../nbs/report/insides.ipynb #c070715b
+# %% ../../nbs/report/insides.ipynb #ad4c43f4
 def fig_found(frame, # columns network, method, ratio, site, full, found, lo, hi (over the seeds) and uniform
              ):
     "The share of channels kept at each site, with its range over the seeds, and that of uniform widths at equal MACs, a panel per network, method and ratio"
@@ -35,5 +36,5 @@ def fig_found(frame, # columns network, method, ratio, site, full, found, lo, hi
     nan = float("nan")
     long = pd.concat([rows.assign(kept=share["found"], which="found", up=share["hi"] - share["found"], down=share["found"] - share["lo"]), rows.assign(kept=share["uniform"], which="uniform", up=nan, down=nan)])
     fig = px.line(long, x="site", y="kept", color="which", line_dash="which", error_y="up", error_y_minus="down", markers=True, render_mode="svg", labels=dict(kept="channels kept, %"),
-                  hover_data=dict(net=False, cut=False), **(options_of(long) | dict(color_discrete_map=dict(found="#0072B2", uniform="#8c8c8c"))))
+                  hover_data=dict(net=False, cut=False, panel=False), **(options_of(long) | dict(color_discrete_map=dict(found="#0072B2", uniform="#8c8c8c"))))
     return finish(fig, "Channels kept: what was found, and uniform widths of the same MACs", legend="").update_yaxes(rangemode="tozero")

@@ -67,8 +67,9 @@ def fig_positions(frame, # columns network, method, ratio, layer, row, col, kept
     for i in range(len(panels)): fig.update_yaxes(scaleanchor=f"x{i + 1 if i else ''}", row=i//wide + 1, col=i%wide + 1)
     return fig.update_layout(template="rethink", height=250*deep + 120, title="Weights kept at each place of the kernels, in percent", margin_t=120)
 
-# %% ../../nbs/report/maps.ipynb #c497e1ab
+# %% ../../nbs/report/maps.ipynb #3a27137c
 def _kernel(rows):
     "The heatmap of one kernel"
     share = 100*rows.pivot(index="row", columns="col", values="kept")/rows.pivot(index="row", columns="col", values="of")
-    return go.Heatmap(z=share, zmin=0, zmax=float(share.to_numpy().max()), colorscale="Blues", showscale=False, texttemplate="%{z:.1f}", hovertemplate="row %{y}, column %{x}: %{z:.2f} %<extra></extra>", xgap=2, ygap=2)
+    mean = 100*rows.kept.sum()/rows.of.sum()
+    return go.Heatmap(z=share, zmin=.5*mean, zmax=1.5*mean, colorscale="Blues", showscale=False, texttemplate="%{z:.1f}", hovertemplate="row %{y}, column %{x}: %{z:.2f} %<extra></extra>", xgap=2, ygap=2)

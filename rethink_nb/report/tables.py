@@ -52,12 +52,12 @@ def _lost(frame):
     why = frame.assign(**{k: (frame.status == k).astype(int) for k in ("diverged", "failed")})
     return why.groupby(_keys, sort=False)[["diverged", "failed"]].sum().reset_index()
 
-# %% ../../nbs/report/tables.ipynb #133ccbec
+# %% ../../nbs/report/tables.ipynb #d6c7fdd4
 def in_order(frame):
     "Rows sorted by network, then the parent, then method, ratio and arm"
     rank = {arm: i for i, arm in enumerate(arm_order(frame.arm))}
     place = frame.assign(_later=frame.arm != "parent", _arm=frame.arm.map(rank))
-    return frame.loc[place.sort_values(["data", "network", "_later", "method", "ratio", "_arm"]).index].reset_index(drop=True)
+    return frame.loc[place.sort_values(["data", "network", "_later", "method", "ratio", "_arm"], key=lambda c: c.abs() if c.name == "ratio" else c).index].reset_index(drop=True)
 
 # %% ../../nbs/report/tables.ipynb #160d4836
 def missing(frame):
