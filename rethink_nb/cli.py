@@ -265,7 +265,7 @@ def demo(
     print(f"{time.time() - began:.0f} s")
     return code
 
-# %% ../nbs/cli.ipynb #bdc3d2e5
+# %% ../nbs/cli.ipynb #ca6d749c
 @command
 @call_parse
 def batch(
@@ -288,7 +288,7 @@ def batch(
     if not study: raise UserError("give a study file, or the name of one: rethink-nb batch --list names them")
     if timeout < 0: raise UserError(f"timeout {timeout:g}: give minutes, or 0")
     b = Batch(study, store, out, root, device, scale)
-    if dry_run: print(b.graph(), b.forecast(), sep="\n\n"); return None
+    if dry_run: print(b.graph(), b.forecast(), b.chances(), sep="\n\n"); return None
     results = b.run(workers or None, scheduler, 60*timeout or None, track=track)
     bad = [f"{name}: {r['status']}: {r['error']}" for name, r in results.items() if r["status"] != "done"]
     made = b.write_report() if b.some_done else {}

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Batch', 'listed']
 
-# %% ../../nbs/study/batch.ipynb #4190ac86
+# %% ../../nbs/study/batch.ipynb #dfaca210
 import sys, time
 from contextlib import nullcontext
 from functools import cached_property, partial
@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from ..core.errors import UserError
 from ..core.files import folder
 from ..methods.plugins import plugins_environment
+from .chances import chances # noqa: F401 (gives Trial its chances)
 from .cluster import client_at, local_client, places
 from .engine import Engine
 from .estimate import estimate, in_words, pace
@@ -73,6 +74,12 @@ def forecast(self:Batch,
     left, each = estimate(self.file.studies, self.store, self.root or None), pace(self.store, [r for t in self.trials for r in t.runs])
     if not (left.runs and each and places): return f"{len(self.todo)} of {len(self.tasks)} notebooks, {left} to do{'' if places else '; there are no workers yet, it waits for some'}"
     return f"{len(self.todo)} of {len(self.tasks)} notebooks, {left} to do: about {in_words(each*left.low/places, each*left.high/places)} of training on {places} places"
+
+# %% ../../nbs/study/batch.ipynb #c2290c2b
+@patch
+def chances(self:Batch) -> str:
+    "Whether so many seeds could tell arms that are alike as equivalent, a line a network"
+    return "\n".join(line for t in self.trials for line in t.chances())
 
 # %% ../../nbs/study/batch.ipynb #e57d7f72
 def listed(
@@ -139,7 +146,7 @@ def run(self:Batch,
     for place in (self.store.path, self.out): _check_writable(place)
     with mirrored(self.store, {r.id for t in self.tasks for r in t.runs}, track): return self._carried(spots, scheduler, timeout, progress)
 
-# %% ../../nbs/study/batch.ipynb #f0a66579
+# %% ../../nbs/study/batch.ipynb #dfec1e41
 @patch
 def _carried(self:Batch, spots, scheduler, timeout:float | None, progress:bool) -> dict[str, dict]:
     "Do what is missing, all being checked"
@@ -148,7 +155,7 @@ def _carried(self:Batch, spots, scheduler, timeout:float | None, progress:bool) 
         return {}
     with local_client(spots) if not scheduler else client_at(scheduler) if isinstance(scheduler, str) else nullcontext(scheduler) as client, under_way(self.out):
         self.write_plan()
-        if progress: print(self.forecast(sum(client.nthreads().values())), file=sys.stderr)
+        if progress: print(self.forecast(sum(client.nthreads().values())), self.chances(), sep="\n", file=sys.stderr)
         forget(self.out, [*todo, self.overview])
         bars, env = _Bars(self, [*todo, self.overview], progress), plugins_environment()
         work = partial(carry_out, out=self.out, timeout=timeout, env=env)

@@ -41,12 +41,12 @@ def _seeds(s:Study) -> str:
     "Replicates in words"
     return f"{s.seeds} seed{'s' if s.seeds > 1 else ''}{f' from {s.first_seed}' if s.first_seed else ''}"
 
-# %% ../../nbs/study/pages.ipynb #7e27183f
+# %% ../../nbs/study/pages.ipynb #70982d85
 @patch
 def caution(self:Trial) -> str:
     "What these results can and cannot say"
     shared = " All seeds share one given parent, so intervals tell how retraining varies, not how parents do; its own training is in no cost." if any(s.parent for s in self.studies) else ""
-    among = f"each comparison by itself (not corrected for their number){f'; verdicts on the {n} primary ones are also held against each other (Holm)' if (n := int(self.verdicts().primary.sum()) if self.primary else 0) else ''}"
+    among = f"each comparison by itself (not corrected for their number){f'; verdicts on the {n} primary ones are also held against each other (Holm)' if (n := int(self.verdicts().primary.sum()) if self.primary else 0) > 1 else ''}"
     return f"{self.note} Margin {self.points:g} points, {1 - self.alpha:.0%} intervals, {among}.{shared}"
 
 # %% ../../nbs/study/pages.ipynb #356be6a9
