@@ -94,14 +94,13 @@ def options_of(frame, height=300):
 # %% ../../nbs/report/figures.ipynb #b4fbac09
 def _panel_title(words:str) -> str: return words if "<b>" in words else f"<b>{words}</b>"
 
-# %% ../../nbs/report/figures.ipynb #8a295cab
+# %% ../../nbs/report/figures.ipynb #8e4bd1df
 def finish(fig, title, legend="arm (click to switch)"):
     "Axes shared along a row only, plain panel titles"
     lead = {}  # the first pair of axes of each row; panels of one row have one y domain
-    for t in fig.data:
-        axes = fig.layout["xaxis" + t.xaxis[1:]], fig.layout["yaxis" + t.yaxis[1:]]
-        row = lead.setdefault(axes[1].domain, (t.xaxis, t.yaxis))
-        for axis, own, first in zip(axes, (t.xaxis, t.yaxis), row): axis.matches = None if own == first else first
+    for own in dict.fromkeys((t.xaxis, t.yaxis) for t in fig.data):
+        axes = fig.layout["xaxis" + own[0][1:]], fig.layout["yaxis" + own[1][1:]]
+        for axis, name, first in zip(axes, own, lead.setdefault(axes[1].domain, own)): axis.matches = None if name == first else first
     fig.update_xaxes(showticklabels=True)
     fig.for_each_annotation(lambda a: a.update(text=_panel_title(a.text.split("=", 1)[-1]), font_size=14))
     lines = max((a.text.count("<br>") for a in fig.layout.annotations if a.textangle), default=0)  # of the titles of rows, which stand at the right

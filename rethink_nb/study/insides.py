@@ -98,26 +98,26 @@ def _places(masks:Iterator[dict[str, torch.Tensor] | None]) -> dict[str, tuple[t
         found[name.removesuffix(".weight")] = kept + m.sum((0, 1)), of + m.shape[0]*m.shape[1]
     return found
 
-# %% ../../nbs/study/insides.ipynb #9e6351d4
+# %% ../../nbs/study/insides.ipynb #899b4b37
 def found_frame(
     studies:Iterable[Study],
     store:Store,
 ):
-    "Channels kept at each inner site (`found`: mean over the seeds, `lo`, `hi`), and by uniform widths of the same MACs (`uniform`), as a DataFrame; for methods that find their widths"
+    "Channels kept at each inner site (`found`: mean over the seeds, `lo`, `hi`), and by uniform widths of the MACs that they have on average (`uniform`), as a DataFrame; for methods that find their widths"
     from pandas import DataFrame
     rows = [dict(data=s.data, network=s.network, method=s.way, ratio=ratio, **row) for s in studies if s.prunes == "channels" and not s.known for ratio in s.levels for row in _found(s, ratio, store)]
     if not rows: return DataFrame()
-    return DataFrame(rows).groupby(["data", "network", "method", "ratio", "site", "full"], sort=False, as_index=False).agg(found=("kept", "mean"), lo=("kept", "min"), hi=("kept", "max"), uniform=("uniform", "mean"))
+    return DataFrame(rows)
 
-# %% ../../nbs/study/insides.ipynb #327d7731
+# %% ../../nbs/study/insides.ipynb #d1f0d1cc
 def _found(s:Study, ratio:float, store:Store) -> list[dict]:
-    "A row a site and seed"
-    whole, rows = s.base.count().macs, []
-    for id in [r.id for r in (s.prune_run(s.method, ratio, seed) for seed in s.replicates) if store.done(r)]:
-        small = store.arch(id)
-        even = pruned_arch("uniform", s.base, macs=small.count().macs/whole)
-        rows += [dict(site=x.name, full=x.width, kept=small.site(x.name).width, uniform=even.site(x.name).width) for x in s.base.sites() if x.free]
-    return rows
+    "A row a site"
+    ids = [r.id for r in (s.prune_run(s.method, ratio, seed) for seed in s.replicates) if store.done(r)]
+    if not ids: return []
+    small, free = [store.arch(id) for id in ids], [x for x in s.base.sites() if x.free]
+    even = pruned_arch("uniform", s.base, macs=sum(store.record(id)["macs"] for id in ids)/len(ids)/s.base.count().macs)
+    kept = {x.name: [a.site(x.name).width for a in small] for x in free}
+    return [dict(site=x.name, full=x.width, found=sum(kept[x.name])/len(ids), lo=min(kept[x.name]), hi=max(kept[x.name]), uniform=even.site(x.name).width) for x in free]
 
 # %% ../../nbs/study/insides.ipynb #0eea9933
 def latency_frame(

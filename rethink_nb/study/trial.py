@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['Trial', 'stored_trials', 'grouped']
 
-# %% ../../nbs/study/trial.ipynb #8720a2dd
+# %% ../../nbs/study/trial.ipynb #08935cff
 import sys
 from collections.abc import Iterable
 from copy import copy
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 
 from fastcore.basics import patch
@@ -119,13 +119,14 @@ def curves(self:Trial):
     "One row an epoch of every training"
     return curve_frame(self.cells, self.store)
 
-# %% ../../nbs/study/trial.ipynb #1c5b8095
+# %% ../../nbs/study/trial.ipynb #e4d51757
 @patch
 def still(self:Trial) -> Trial:
-    "The same trial as its store stands now: frame and curves are read when they are first asked for, and once"
+    "The same trial as its store stands now: frame, curves, table and verdicts are made when they are first asked for, and once"
     now = copy(self)
     now.cells = self.cells
     now.frame, now.curves = cache(self.frame), cache(self.curves)
+    now.table, now.verdicts = (cache(partial(made, now)) for made in (Trial.table, Trial.verdicts))
     return now
 
 # %% ../../nbs/study/trial.ipynb #3ce8b069

@@ -45,7 +45,7 @@ def save(
     arch.write(at/"arch.json")
     return at
 
-# %% ../../nbs/surgery/saved.ipynb #a8de45ff
+# %% ../../nbs/surgery/saved.ipynb #dfb7e98a
 def read_weights(
     path, # a safetensors file
     sha256:str | None=None, # what its bytes must add up to, None: not known
@@ -53,16 +53,24 @@ def read_weights(
 ) -> dict[str, torch.Tensor]:
     "The tensors in a file; a missing, cut, changed or foreign one is refused by name"
     path = Path(path)
-    way_out = "put back a whole copy" + (f", or remove the folder {path.parent} to have the run made again" if (path.parent/"record.json").is_file() else "")
-    if not path.is_file(): raise UserError(f"{path}: {'a folder' if path.is_dir() else 'missing'}; {way_out}")
-    data = path.read_bytes()
     try:
+        data = path.read_bytes()
         if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256: raise SafetensorError
-        tensors = load_tensors(data)
-        with safe_open(path, "pt") as f: owner = (f.metadata() or {}).get("arch")
-    except SafetensorError: raise UserError(f"{path}: damaged; {way_out}") from None
+        tensors, owner = load_tensors(data), _owner(path) if arch is not None else None
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError): raise UserError(f"{path}: {'a folder' if path.is_dir() else 'missing'}; {_way_out(path)}") from None
+    except SafetensorError: raise UserError(f"{path}: damaged; {_way_out(path)}") from None
     if arch is not None and owner not in (None, arch.id): raise UserError(f"{path}: weights of another architecture ({owner}) than that of arch.json ({arch.id})")
     return tensors
+
+# %% ../../nbs/surgery/saved.ipynb #e3874610
+def _owner(path:Path) -> str | None:
+    "The id of the architecture whose weights a file says it holds"
+    with safe_open(path, "pt") as f: return (f.metadata() or {}).get("arch")
+
+# %% ../../nbs/surgery/saved.ipynb #a439a673
+def _way_out(path:Path) -> str:
+    "What to do about a file that cannot be used"
+    return "put back a whole copy" + (f", or remove the folder {path.parent} to have the run made again" if (path.parent/"record.json").is_file() else "")
 
 # %% ../../nbs/surgery/saved.ipynb #f531f601
 def load(
