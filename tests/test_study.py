@@ -97,7 +97,56 @@ def test_report_over_several_studies(tmp_path):
     done = command(["report", "--store", "runs"], tmp_path)
     assert done.returncode == 0, done.output
     assert "n=2+2" in done.stdout and "n=3" not in done.stdout and "Margin 0.5 points" in done.stdout and "Margin 2 points" in done.stdout
-    assert (tmp_path/"report.html").read_text().count("Scale pocket, margin 0.5: Verdicts") == 1
+    assert (tmp_path/"report.html").read_text().count("<h2>Scale pocket, margin 0.5: Verdicts</h2>") == 1
+
+
+FILE = """
+title = "Half of a small network"
+data = "digits"
+arch = "vgg-digits"
+claims = [1]
+primary = ["scratch-b vs fine-tune"]
+[scales.smoke]
+ratios = [0.5]
+seeds = 2
+epochs = 2
+"""
+
+def test_the_report_of_a_study_file(tmp_path, monkeypatch, capsys):
+    "Page, CSV and LaTeX tell one thing; it is told what may not be concluded; what is not there is refused in a line"
+    from rethink_nb.cli import main
+    from rethink_nb.study.files import read_studies
+    (tmp_path/"half.toml").write_text(FILE)
+    (tmp_path/"runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for words, said in ((["half.toml", "--store", "nowhere"], "no such folder"), (["half.toml", "--scale", "paper"], "has no scale 'paper'"), (["--scale", "smoke"], "name the file, too"), (["half.toml", "--out", "page.txt"], "ends in .html"),
+                        (["halt"], "unknown study file 'halt'"), (["half.toml"], "rethink-nb batch half.toml carries it out")):
+        assert main(["report", *words]) == 2
+        assert said in (err := capsys.readouterr().err) and err.count("\n") == 1, err
+    trial = Trial(read_studies("half.toml").studies, "runs").run(device="cpu", progress=False)
+    assert main(["report", "half.toml"]) == 0
+    page, tex = (tmp_path/"half.html").read_text(), (tmp_path/"half.tex").read_text()
+    for words in ("Half of a small network", "What may not be concluded", "this scale only checks that everything works", "asked, at a scale that finds nothing", "Verdicts as a map"): assert words in page, words
+    assert "http://" not in page.split("<body>")[1].split("<script")[0] and tex.count("\\begin{longtable}") == 2 and "vgg-digits" in tex
+    v = pd.read_csv(tmp_path/"half-verdicts.csv")
+    assert v.setup.notna().all() and v.primary.sum() == 1 and len(v) == len(trial.verdicts())
+    assert f"{v[v.primary].difference.iloc[0]:+.2f}" in tex and f"{v[v.primary].difference.iloc[0]:+.2f}" in page
+    (tmp_path/"runs"/"studies").rename(tmp_path/"runs"/"away")
+    assert main(["report"]) == 2 # without the file, the store must know its studies
+
+
+def test_studies_of_two_setups_are_not_averaged(tmp_path):
+    "Frames that a user puts together: the same names for other trainings"
+    from rethink_nb.report.stats import verdicts
+    from rethink_nb.report.tables import trial_table
+    store, s = Store(tmp_path/"runs"), Study(data="digits", arch="vgg-digits", ratios=[.5], seeds=1, epochs=1, arms=["parent", "scratch-e"])
+    long = s.replace(epochs=2)
+    both = pd.concat([s.run(store, device="cpu", progress=False).frame(), long.run(store, device="cpu", progress=False).frame()])
+    assert len(trial_table(both)) == 4 # their names tell the epochs
+    alike = both.assign(network="vgg-digits")
+    for refuses in (lambda: trial_table(alike), lambda: verdicts(alike, [("scratch-e", "parent")], 2)):
+        with pytest.raises(UserError, match=r"2 setups under one name \(1 to 2 epochs"): refuses()
+    assert trial_table(alike, mixed=True).n.max() == 2
 
 
 def test_the_rig_sees_a_difference_that_is_there(tmp_path):
@@ -138,7 +187,7 @@ def test_what_a_run_leaves(unbroken):
     for name in ("l1-digits-vgg-digits.ipynb", "l1-digits-vgg-digits.html", "l1-digits-vgg-digits.csv"): assert (unbroken/name).is_file()
     nb = json.loads((unbroken/"l1-digits-vgg-digits.ipynb").read_text())
     assert any("application/vnd.plotly.v1+json" in o.get("data", {}) for c in nb["cells"] for o in c.get("outputs", []))
-    assert sorted(p.name for p in unbroken.iterdir()) == ["l1-digits-vgg-digits-runs.csv", "l1-digits-vgg-digits.csv", "l1-digits-vgg-digits.html", "l1-digits-vgg-digits.ipynb", "runs"]
+    assert sorted(p.name for p in unbroken.iterdir()) == [*(f"l1-digits-vgg-digits{end}" for end in ("-runs.csv", "-verdicts.csv", ".csv", ".html", ".ipynb", ".tex")), "runs"]
     store = Store(unbroken/"runs")
     for id in store.ids():
         record = store.record(id)

@@ -148,12 +148,13 @@ def test_a_run_that_cannot_be_is_failed_and_the_rest_goes_on(more, arms, why, tm
     trial.page(tmp_path/"page.html")
 
 
-@pytest.mark.parametrize("name", [pytest.param("slimming", marks=pytest.mark.slow), "lottery"])
+@pytest.mark.slow # test_study has it for a predefined method
+@pytest.mark.parametrize("name", ["slimming", "lottery"])
 def test_killed_and_called_again(name, tmp_path):
     "Once in the parent's training, once after some runs; nothing finished is trained again; the end is the unbroken one"
     more = dict(slimming=["--options", "strength=0.001"], lottery=["--rounds", "2", "--rewind", "40"])[name]
     args = ["run", name, "--ratio", "0.5", "--seeds", "1", "--epochs", "4", "--store", "runs", *more]
-    store, table = Store(tmp_path/"a"/"runs"), lambda at: next(p for p in (tmp_path/at).glob(f"{name}-digits-vgg-digits-*.csv") if "runs" not in p.name) # with options there is an id in its name
+    store, table = Store(tmp_path/"a"/"runs"), lambda at: next(p for p in (tmp_path/at).glob(f"{name}-digits-vgg-digits-*.csv") if not p.stem.endswith(("-runs", "-verdicts"))) # with options there is an id in its name
     for at in ("a", "b"): (tmp_path/at).mkdir()
     kill_after(args, tmp_path/"a", lambda: any((store/".work").glob("*/checkpoint.safetensors")))
     kill_after(args, tmp_path/"a", lambda: len(store.ids()) >= 3)

@@ -51,12 +51,12 @@ def _steps(colors:list[str]) -> list[tuple[float, str]]:
     n = len(colors)
     return [(at, c) for i, c in enumerate(colors) for at in (i/n, (i + 1)/n)]
 
-# %% ../../nbs/report/maps.ipynb #9ab4ade4
-def fig_positions(frame, # columns network, method, ratio, layer, row, col, kept, of
+# %% ../../nbs/report/maps.ipynb #82afe8e0
+def fig_positions(frame, # columns network, method, ratio, row, column, kept, of
                  ):
     "A small grid of a kernel's places per network, method and ratio, with the percentage that stays at each"
     rows = panelled(frame)
-    total = rows.groupby(["net", "cut", "row", "col"], sort=False)[["kept", "of"]].sum().reset_index()
+    total = rows.groupby(["net", "cut", "row", "column"], sort=False)[["kept", "of"]].sum().reset_index()
     panels = total[["net", "cut"]].drop_duplicates()
     wide = min(4, len(panels))
     deep = -(-len(panels)//wide)
@@ -67,9 +67,9 @@ def fig_positions(frame, # columns network, method, ratio, layer, row, col, kept
     for i in range(len(panels)): fig.update_yaxes(scaleanchor=f"x{i + 1 if i else ''}", row=i//wide + 1, col=i%wide + 1)
     return fig.update_layout(template="rethink", height=250*deep + 120, title="Weights kept at each place of the kernels, in percent", margin_t=120)
 
-# %% ../../nbs/report/maps.ipynb #3a27137c
+# %% ../../nbs/report/maps.ipynb #b60ef9ab
 def _kernel(rows):
     "The heatmap of one kernel"
-    share = 100*rows.pivot(index="row", columns="col", values="kept")/rows.pivot(index="row", columns="col", values="of")
+    share = 100*rows.pivot(index="row", columns="column", values="kept")/rows.pivot(index="row", columns="column", values="of")
     mean = 100*rows.kept.sum()/rows.of.sum()
     return go.Heatmap(z=share, zmin=.5*mean, zmax=1.5*mean, colorscale="Blues", showscale=False, texttemplate="%{z:.1f}", hovertemplate="row %{y}, column %{x}: %{z:.2f} %<extra></extra>", xgap=2, ygap=2)

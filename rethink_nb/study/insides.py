@@ -5,14 +5,16 @@
 # %% auto #0
 __all__ = ['first_done', 'distribution_frame', 'positions_frame', 'found_frame', 'latency_frame']
 
-# %% ../../nbs/study/insides.ipynb #e5069008
-from collections.abc import Iterable, Iterator
+# %% ../../nbs/study/insides.ipynb #cd6b57ce
+from collections.abc import Iterable
 
 import torch
 
 from ..arch.measure import latencies
+from ..arch.spec import Arch
 from ..core.errors import UserError
 from ..methods.base import pruned_arch
+from ..methods.survey import place_counts
 from .cells import Cell
 from .grid import Study
 from .store import Store
@@ -72,31 +74,27 @@ def _density(parts:list[torch.Tensor], edges:torch.Tensor) -> torch.Tensor:
     values = torch.cat(parts).clamp(edges[0], edges[-1])
     return torch.histogram(values, edges).hist/len(values)/(edges[1] - edges[0])
 
-# %% ../../nbs/study/insides.ipynb #4851a621
+# %% ../../nbs/study/insides.ipynb #267c11db
 def positions_frame(
     studies:Iterable[Study],
     store:Store,
     seeds:int=3, # the first so many
 ):
-    "Weights kept at each place of square kernels, of how many, a row a layer and place, as a DataFrame; for studies in which single weights go"
+    "Weights kept at each place of square kernels, of how many, a row a seed, stage and place, as a DataFrame; for studies in which single weights go"
     from pandas import DataFrame
     rows = []
     for s in studies:
         if s.counts != {}: continue
         for ratio in s.levels:
             done = [r.id for r in (s.prune_run(s.method, ratio, seed) for seed in s.replicates[:seeds]) if store.done(r)]
-            for layer, kept in _places(store.masks(id) for id in done).items():
-                rows += [dict(data=s.data, network=s.network, method=s.way, ratio=ratio, layer=layer, row=y, col=x, kept=int(kept[0][y, x]), of=int(kept[1])) for y in range(len(kept[0])) for x in range(len(kept[0]))]
+            rows += [dict(data=s.data, network=s.network, method=s.way, ratio=ratio, **row) for id in done for row in _places(store.masks(id), s.base)]
     return DataFrame(rows)
 
-# %% ../../nbs/study/insides.ipynb #c54c0f5a
-def _places(masks:Iterator[dict[str, torch.Tensor] | None]) -> dict[str, tuple[torch.Tensor, int]]:
-    "By layer the weights kept at each place, and of how many"
-    found = {}
-    for name, m in ((n, m) for own in masks for n, m in (own or {}).items() if m.dim() == 4 and m.shape[-1] == m.shape[-2] > 1):
-        kept, of = found.get(name.removesuffix(".weight"), (0, 0))
-        found[name.removesuffix(".weight")] = kept + m.sum((0, 1)), of + m.shape[0]*m.shape[1]
-    return found
+# %% ../../nbs/study/insides.ipynb #61b856af
+def _places(masks:dict[str, torch.Tensor], arch:Arch) -> list[dict]:
+    "A row a stage and place of its square kernels"
+    counts = place_counts({name.removesuffix(".weight"): m for name, m in masks.items()}, arch)
+    return [dict(stage=stage, row=y, column=x, kept=int(kept[y, x]), of=of) for (stage, high, wide), (kept, of) in counts.items() if high == wide > 1 for y in range(high) for x in range(wide)]
 
 # %% ../../nbs/study/insides.ipynb #899b4b37
 def found_frame(
