@@ -171,11 +171,12 @@ def _half(
 datasets.register("digits-low", _digits(partial(_half, 0), classes=5, val=100, images=602))
 datasets.register("digits-high", _digits(partial(_half, 5), classes=5, val=100, images=598))
 
-# %% ../../nbs/training/data.ipynb #7b97f7ad
+# %% ../../nbs/training/data.ipynb #dc588619
 def bases(root=None) -> list[Path]: # the first is where a download goes
     "Folders in which data may lie, first choice first"
-    places = (root, os.environ.get("RETHINK_NB_DATA"), "~/.cache/rethink_nb")
-    return [Path(p).expanduser() for p in places if p]
+    places = [Path(p).expanduser() for p in (root, os.environ.get("RETHINK_NB_DATA"), "~/.cache/rethink_nb") if p]
+    if wrong := [p for p in places if p.is_file()]: raise UserError(f"{wrong[0]} is a file: name the folder that data files lie in")
+    return places
 
 # %% ../../nbs/training/data.ipynb #9fddfa40
 def find(names:list[str], folders:list[Path]) -> list[Path]|None:
