@@ -64,12 +64,12 @@ def _parents(studies:Iterable[Study]) -> list[Task]:
     own = {s.parent_run(seed).id: parent_study(s, seed) for s in studies if not s.parent for seed in s.replicates}
     return [Task(_named("parent", p, p.method if p.parent_run(p.first_seed).method else ""), "parent", values_of(p, "parent", fixed=("arms",)), tuple(runs_of(p.cells()))) for p in own.values()]
 
-# %% ../../nbs/study/tasks.ipynb #fa83794a
+# %% ../../nbs/study/tasks.ipynb #a348089a
 def _trials(studies:Iterable[Study], parents:list[Task]) -> list[Task]:
     "A task for each method, ratio and seed"
     by_run = {t.runs[-1].id: t.name for t in parents}
     made = []
-    for p in (p for s in studies for p in parts_of(s)):
+    for p in (p for s in studies if s.arms != ("parent",) or s.parent for p in parts_of(s)): # where nothing is pruned, parents are all
         runs, (experiment, values) = tuple(runs_of(p.cells())), experiment_of([p])
         made.append(Task(_named(p.method, p, f"{abs(p.levels[0]):g}"), experiment, values, runs, tuple(by_run[r.id] for r in runs if r.id in by_run)))
     return made
