@@ -315,7 +315,7 @@ def status(
         time.sleep(2)
         print("\033[H\033[J" if sys.stdout.isatty() else "", told(), sep="")
 
-# %% ../nbs/cli.ipynb #1269b1f8
+# %% ../nbs/cli.ipynb #59d01872
 @command
 @call_parse
 def report(
@@ -327,18 +327,19 @@ def report(
     latency:bool=False, # with milliseconds: every network is timed on this machine
 ):
     "Write page, CSV and LaTeX of a study, or of all that a store holds, and print the answer"
+    from rethink_nb.core.files import folder
     from rethink_nb.study.files import read_studies
     from rethink_nb.study.results import write_results
     from rethink_nb.study.store import Store
     from rethink_nb.study.trial import grouped, stored_trials
-    if not Path(store).is_dir(): raise UserError(f"store {store}: no such folder")
-    if out and not out.endswith(".html"): raise UserError(f"out {out}: give a file name that ends in .html")
+    if not Path(store).is_dir(): raise UserError(f"store {store}: {'a file, not a folder' if Path(store).exists() else 'no such folder'}")
+    if out and Path(out).suffix != ".html": raise UserError(f"out {out}: give a file name that ends in .html")
     if scale and not study: raise UserError(f"scale {scale}: it is one of a study file: name the file, too")
     file = read_studies(study, scale) if study else None
     trials = [t.still() for t in (grouped(file.studies, Store(store)) if file else stored_trials(Store(store)))]
     if not any((t.frame().status == "done").any() for t in trials): raise UserError(f"store {store} has no finished run of {study or 'its studies'}: {f'rethink-nb batch {study} carries it out' if study else 'give the folder that was named when the runs were made'}")
     page = Path(out) if out else Path(store).parent/f"{'-'.join(filter(None, [file.path.stem, scale])) if file else 'report'}.html"
-    made = write_results(trials, page.parent, page.stem, file.title if file else "", inside=inside, latency=latency)
+    made = write_results(trials, folder(page.parent, "out"), page.stem, file.title if file else "", inside=inside, latency=latency)
     print(*(t.summary() for t in trials), "\n".join(f"{what:<9} {path}" for what, path in made.items()), sep="\n\n")
 
 # %% ../nbs/cli.ipynb #d8c6b779

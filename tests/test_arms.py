@@ -151,7 +151,7 @@ def test_costs_add_up(tmp_path):
     costs, spent, f = s.costs(store), s.spent(store), s.frame(store)
     assert abs(costs.shared_macs.sum()*s.seeds/spent.macs.sum() - 1) < 1e-9 # nothing is counted twice, nothing is left out
     assert abs(costs.shared_seconds.sum()*s.seeds/spent.seconds.sum() - 1) < 1e-9
-    one = costs.droplevel([0, 1]).loc[.8]
+    one = costs.droplevel([0, 1, 2]).loc[.8]
     assert one.nonzero_macs["fine-tune"] < .5*one.macs["fine-tune"] and one.zero_macs["fine-tune"] > one.macs["fine-tune"]
     assert (costs.forward_macs*3 - costs.macs).abs().max() < 3
     assert f.set_index("arm").total_macs["scratch-e"].min() > f.set_index("arm").train_macs["scratch-e"].max() # its masks came from a trained parent

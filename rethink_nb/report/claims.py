@@ -5,9 +5,6 @@
 # %% auto #0
 __all__ = ['CLAIMS', 'claims_table']
 
-# %% ../../nbs/report/claims.ipynb #8f4fed78
-from collections.abc import Iterable
-
 # %% ../../nbs/report/claims.ipynb #465617dc
 CLAIMS = {
     1: "Where widths are given beforehand, Scratch-E does about as well as fine-tuning, and Scratch-B at least as well.",
@@ -32,12 +29,11 @@ CLAIMS = {
     20: "Soft filter pruning: training from scratch does as well, with a trained start and without.",
 }
 
-# %% ../../nbs/report/claims.ipynb #c5371dde
+# %% ../../nbs/report/claims.ipynb #b182abdf
 def claims_table(
-    asked:Iterable[int], # claims that the studies were named to be about
-    finds:bool=True, # whether the scale can find anything
+    asked:dict[int, bool], # claims that the studies were named to be about, and whether at a scale that can find anything
 ):
-    "A row a claim: its number, what it says, and what the report may say of it, as a DataFrame"
+    "A row a claim: its number, what the report may say of it, and what it says, as a DataFrame"
     from pandas import DataFrame
-    asked, word = set(asked), "asked; see the verdicts, which hold for these networks and data" if finds else "asked, at a scale that finds nothing: may be neither claimed nor denied"
-    return DataFrame([(n, text, word if n in asked else "not asked: nothing here bears on it") for n, text in CLAIMS.items()], columns=["claim", "what the paper says, in our words", "here"])
+    words = {True: "asked: see the verdicts", False: "asked, at a scale that finds nothing", None: "not asked: nothing here bears on it"}
+    return DataFrame([(n, words[asked.get(n)], text) for n, text in CLAIMS.items()], columns=["claim", "here", "what the paper says, in our words"])

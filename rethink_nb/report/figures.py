@@ -106,6 +106,13 @@ def finish(fig, title, legend="arm (click to switch)"):
     lines = max((a.text.count("<br>") for a in fig.layout.annotations if a.textangle), default=0)  # of the titles of rows, which stand at the right
     return fig.update_layout(title=title, legend=dict(title=dict(text=legend, font_size=13), x=1.02 + .02*lines))
 
+# %% ../../nbs/report/figures.ipynb #ababe3fe
+def _known(frame, column):
+    "Refuses a column that the frame does not have, or in which nothing is known"
+    if frame.empty: return
+    numbers = [c for c in frame.select_dtypes("number") if frame[c].notna().any()]
+    if column not in numbers: raise UserError(f"{'nothing is known of' if column in frame else 'there is no'} {column!r}: there are {', '.join(numbers)}")
+
 # %% ../../nbs/report/figures.ipynb #2d08e612
 def _over_seeds(frame, x, y):
     "Mean, lowest and highest of `y` over the runs, at each epoch of an arm; the runs in words"
@@ -123,29 +130,32 @@ def _bands(mean, options):
     fig.update_traces(fill="toself", opacity=.18, line_width=0, hoverinfo="skip", hovertemplate=None, showlegend=False)
     return fig.data
 
-# %% ../../nbs/report/figures.ipynb #044ae59a
+# %% ../../nbs/report/figures.ipynb #b24c475a
 def fig_curves(curves, # the curve frame
                x="epoch", # epoch, macs or seconds (both since the start of this training)
                y="val_acc", # any measured column
               ):
     "Mean curve and band over the seeds, a panel per network and ratio"
     if x not in _along: raise UserError(f"x must be one of {', '.join(_along)}, got {x!r}")
+    _known(curves, y)
     mean = _over_seeds(panelled(spread_parents(curves)), x, y)
     options = options_of(mean)
     fig = px.line(mean, x="x", y="y", color="arm", custom_data=["runs", "arm", "epoch"], render_mode="svg",
                   labels=dict(x=_along[x], y=_words.get(y, y)), **options)
     hover = "<b>%{customdata[1]}</b>, epoch %{customdata[2]}: mean %{y:.2f}<br>%{customdata[0]}<extra></extra>"
     fig.update_traces(hovertemplate=hover)
+    fig.for_each_trace(lambda t: t.update(mode="lines+markers"), lambda t: len(t.x) == 1)  # no line leads through one epoch
     fig.add_traces(_bands(mean, options))
     return finish(fig, f"{_title(y)}: mean over the seeds, band from lowest to highest")
 
-# %% ../../nbs/report/figures.ipynb #01cc042f
+# %% ../../nbs/report/figures.ipynb #858cccff
 def fig_arms(frame, # the trial frame
              value="test_acc", # the column shown
              alpha=.05, # the interval covers 1-alpha
              hidden=("pruned",), # arms that wait in the legend until clicked
             ):
     "A dot per run, mean and interval per arm, a panel per network and ratio"
+    _known(frame, value)
     runs = panelled(spread_parents(done(frame)))
     place = {arm: -i for i, arm in enumerate(arm_order(runs.arm))}
     options = options_of(runs, height=70 + 30 * len(place)) | dict(labels={value: _words.get(value, value), "mean": _words.get(value, value), "y": ""})
@@ -178,7 +188,7 @@ def _dots(runs, x, y, options):
     fig = px.scatter(runs, x=x, y=y, color="arm", hover_data=hover, render_mode="svg", **options)
     return fig.update_traces(marker=dict(size=8, opacity=.55), showlegend=False).data
 
-# %% ../../nbs/report/figures.ipynb #8b7a4b4c
+# %% ../../nbs/report/figures.ipynb #0f7d0a37
 def fig_accuracy_cost(frame, # the trial frame
                       x="params", # params, macs (of one image), total_macs (of the training, from nothing), ms (of a forward pass) or ratio
                       value="test_acc", # the column shown
@@ -186,6 +196,7 @@ def fig_accuracy_cost(frame, # the trial frame
                       hidden=("pruned",), # arms that wait in the legend until clicked
                      ):
     "Mean accuracy with its interval over a cost, a line per arm through the ratios, a panel per network and method"
+    for column in (x, value): _known(frame, column)
     points = _cost_points(frame, x, value, alpha)
     hover = dict(removed=True, n=True, sd=":.2f", lo=":.2f", hi=":.2f") | dict.fromkeys(["up", "down", "net", "cut", "panel"], False)
     fig = px.line(_whiskers(points, value).assign(removed=points.ratio.map(level_words)), x=x, y="mean", error_y="up", error_y_minus="down",
@@ -195,11 +206,11 @@ def fig_accuracy_cost(frame, # the trial frame
     fig.for_each_trace(lambda t: t.update(visible="legendonly"), lambda t: t.name in hidden)
     return finish(fig, f"{_title(value)} over {_words.get(x, x)}: mean and {1 - alpha:.0%} interval")
 
-# %% ../../nbs/report/figures.ipynb #9da9ff66
+# %% ../../nbs/report/figures.ipynb #7333d3da
 def _cost_points(frame, x, value, alpha):
     "Mean, interval and mean cost per arm and ratio; the parent once for each method, at ratio 0"
     runs = spread_parents(done(frame))
-    runs = runs.assign(ratio=runs.ratio.where(runs.arm != "parent", 0.)).drop_duplicates(["data", "network", "method", "run"])
+    runs = runs.assign(ratio=runs.ratio.where(runs.arm != "parent", 0.)).drop_duplicates(["data", "network", "method", "ratio", "arm", "run"])
     runs = panelled(runs, ratio=False)
     keys = ["net", "cut", "panel", "arm", "ratio"]
     found = summary(runs, keys, value, alpha)

@@ -15,15 +15,15 @@ from ..core.errors import UserError
 from .figures import panelled
 from .stats import level_words
 
-# %% ../../nbs/report/maps.ipynb #199170d1
+# %% ../../nbs/report/maps.ipynb #d38d39e1
 _VERDICTS = {"worse": "#D55E00", "undecided": "#F2F2F2", "equivalent": "#7FBFA5", "better": "#0072B2"}
 
 def fig_verdicts(frame, # of `verdicts`
                 ):
     "A cell a comparison and ratio, coloured by its verdict, a panel per network and method"
+    if frame.empty: raise UserError("nothing to draw: no two arms were compared")
     rows = panelled(frame, ratio=False).assign(compared=lambda f: f.arm_a + " vs " + f.arm_b)
     panels = rows[["net", "cut"]].drop_duplicates()
-    if panels.empty: raise UserError("nothing to draw: no two arms were compared")
     kinds, names = list(dict.fromkeys(rows.compared)), [f"<b>{p.cut}</b><br>{p.net}" for p in panels.itertuples()]
     wide = min(3, len(panels))
     deep = -(-len(panels)//wide)

@@ -36,7 +36,7 @@ def html_body(body, # str, list of lines, DataFrame, plotly figure, or a list of
 # %% ../../nbs/report/page.ipynb #3c6d6854
 _policy = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 
-# %% ../../nbs/report/page.ipynb #79042d1d
+# %% ../../nbs/report/page.ipynb #8234d84c
 _css = """
 :root { color-scheme: light dark; --text: #1d1d1f; --soft: #6a6a70; --page: #f6f6f4; --card: #fff; --rule: #dcdcd8 }
 @media (prefers-color-scheme: dark) { :root { --text: #e8e8ea; --soft: #a0a0a8; --page: #18181b; --card: #222226; --rule: #3a3a40 } }
@@ -48,7 +48,7 @@ p { max-width: 80ch; white-space: pre-line } .lead { font-size: 18px; color: var
 .wide { overflow: auto; max-height: 80vh } @media print { .wide { max-height: none } } li { margin: 4px 0 }
 table.frame { border-collapse: collapse; background: var(--card); font-size: 14px; font-variant-numeric: tabular-nums; white-space: nowrap }
 .frame th, .frame td { padding: 5px 10px; border-bottom: 1px solid var(--rule); text-align: left }
-.frame th { color: var(--soft); font-weight: 600; position: sticky; top: 0; background: var(--card) } .frame tr:hover td { background: color-mix(in srgb, var(--rule) 40%, transparent) }
+.frame th { color: var(--soft); font-weight: 600; position: sticky; top: 0; background: var(--card) } .frame td:last-child { white-space: normal; min-width: 24ch } .frame tr:hover td { background: color-mix(in srgb, var(--rule) 40%, transparent) }
 """
 
 # %% ../../nbs/report/page.ipynb #e8d02ed2

@@ -10,7 +10,7 @@ from fastcore.basics import listify
 
 from ..core.errors import UserError
 
-# %% ../../nbs/report/setups.ipynb #f6ea08db
+# %% ../../nbs/report/setups.ipynb #39ad3a04
 def setup_words(
     a, # rows of the trial frame: the runs of one arm
     b, # those of the other
@@ -18,7 +18,7 @@ def setup_words(
 ) -> str:
     "Base checkpoint, epochs and schedule of two arms"
     words = ["same parents" if paired else "no parents in common"]
-    words += [f"{_each(a.epochs, b.epochs)} epochs"] if "epochs" in a else []
+    words += [f"{(n := _each(a.epochs, b.epochs))} epoch{'' if n == '1' else 's'}"] if "epochs" in a else []
     return "; ".join([*words, *([f"{_each(a.schedule, b.schedule)}"] if "schedule" in a else [])])
 
 # %% ../../nbs/report/setups.ipynb #dc1b367b

@@ -87,16 +87,16 @@ def shown(table, # of `trial_table`
         "params": table.params.map(human), "MACs": table.macs.map(human), "train": table.train_macs.map(human),
         "from zero": table.total_macs.map(human), "epochs": table.epochs.map(lambda e: "-" if pd.isna(e) else f"{e:.3g}")})
 
-# %% ../../nbs/report/tables.ipynb #a048f9f8
+# %% ../../nbs/report/tables.ipynb #3ff81de0
 _BEYOND = {"test_top5": "top-5 %", "test_ece": "calibration error %", "agreement": "says what the parent says, %", "best_test_acc": "best on test % (as the reference; optimistic)"}
 
 def beyond_table(frame, # the trial frame
                 ):
     "Means of what is known besides accuracy, a row per network, method, ratio and arm, all text; what no run has is left out"
-    if done(frame).empty: return pd.DataFrame(columns=["network", "method", "removed", "arm"])
+    if done(frame).empty: return pd.DataFrame(columns=["network", "data", "method", "removed", "arm"])
     known = [k for k in _BEYOND if k in frame and done(frame)[k].notna().any()]
     means = in_order(done(frame).groupby(_keys, sort=False)[known].mean().reset_index())
-    names = {"network": means.network, "method": means.method, "removed": means.ratio.map(level_words), "arm": means.arm}
+    names = {"network": means.network, "data": means["data"], "method": means.method, "removed": means.ratio.map(level_words), "arm": means.arm}
     return pd.DataFrame({**names, **{_BEYOND[k]: means[k].map(lambda x: "-" if pd.isna(x) else f"{x:.2f}") for k in known}})
 
 # %% ../../nbs/report/tables.ipynb #96df0ff6

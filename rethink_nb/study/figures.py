@@ -6,8 +6,9 @@
 __all__ = ['FIGURES', 'drawing', 'curves', 'arms', 'cost', 'ratios', 'latency', 'verdicts', 'widths', 'weights', 'uniform',
            'positions', 'distributions', 'gammas']
 
-# %% ../../nbs/study/figures.ipynb #0f465351
+# %% ../../nbs/study/figures.ipynb #ba65a3c2
 from collections.abc import Callable
+from inspect import signature
 
 from fastcore.basics import patch
 
@@ -30,53 +31,60 @@ def drawing(kind:str) -> Callable:
         return func
     return named
 
-# %% ../../nbs/study/figures.ipynb #d028da38
+# %% ../../nbs/study/figures.ipynb #bb59a2ec
 @patch
 def figure(self:Trial, kind:str="curves", **options):
     "A plotly figure by its name; options are those of what draws it"
     nbformat_imported() # plotly asks for it when a notebook shows the figure
-    return FIGURES.get(kind)(self, **options)
+    draw = FIGURES.get(kind)
+    if wrong := [k for k in options if k not in _options(draw)]: raise UserError(f"figure {kind} has no option {wrong[0]!r}: there are {', '.join(_options(draw)) or 'none'}")
+    return draw(self, **options)
+
+# %% ../../nbs/study/figures.ipynb #cd52d6ec
+def _options(draw:Callable) -> list[str]:
+    "By what a figure goes, besides the trial"
+    return list(signature(draw).parameters)[1:]
 
 # %% ../../nbs/study/figures.ipynb #73b5c232
 @patch
 def figure(self:Study, kind:str="curves", store:Store | None=None, **options): return self.trial(store).figure(kind, **options)
 
-# %% ../../nbs/study/figures.ipynb #812c36d3
+# %% ../../nbs/study/figures.ipynb #78773008
 @drawing("curves")
-def curves(t:Trial, **options):
+def curves(t:Trial, x:str="epoch", y:str="val_acc"):
     "Mean curve of each arm over its epochs, with the range of the seeds"
     from rethink_nb.report.figures import fig_curves
-    return fig_curves(t.curves(), **options)
+    return fig_curves(t.curves(), x, y)
 
-# %% ../../nbs/study/figures.ipynb #ea2fed41
+# %% ../../nbs/study/figures.ipynb #0b137005
 @drawing("arms")
-def arms(t:Trial, **options):
+def arms(t:Trial, value:str="test_acc"):
     "Every run, mean and interval of each arm"
     from rethink_nb.report.figures import fig_arms
-    return fig_arms(t.frame(), alpha=t.alpha, **options)
+    return fig_arms(t.frame(), value, t.alpha)
 
-# %% ../../nbs/study/figures.ipynb #f97b729e
+# %% ../../nbs/study/figures.ipynb #d362f070
 @drawing("cost")
-def cost(t:Trial, x:str="total_macs", **options):
+def cost(t:Trial, x:str="total_macs", value:str="test_acc"):
     "Accuracy over a cost: `total_macs` from nothing, `params`, `macs`"
     from rethink_nb.report.figures import fig_accuracy_cost
-    return fig_accuracy_cost(t.frame(), x, alpha=t.alpha, **options)
+    return fig_accuracy_cost(t.frame(), x, value, t.alpha)
 
-# %% ../../nbs/study/figures.ipynb #d6fd07b0
+# %% ../../nbs/study/figures.ipynb #5243e80b
 @drawing("ratios")
-def ratios(t:Trial, **options):
+def ratios(t:Trial, value:str="test_acc"):
     "Accuracy over the share that was removed: grids of tickets, sparsities, aggressive pruning"
     from rethink_nb.report.figures import fig_accuracy_cost
     frame = t.frame()
     if frame[frame.ratio > 0].empty: raise UserError("nothing to draw: these methods go by prices, not by ratios")
-    return fig_accuracy_cost(frame[frame.ratio >= 0], "ratio", alpha=t.alpha, **options)
+    return fig_accuracy_cost(frame[frame.ratio >= 0], "ratio", value, t.alpha)
 
-# %% ../../nbs/study/figures.ipynb #6c21cd04
+# %% ../../nbs/study/figures.ipynb #6a1c9f74
 @drawing("latency")
-def latency(t:Trial, batch:int=64, repeats:int=30, device:str="auto", **options):
+def latency(t:Trial, batch:int=64, repeats:int=30, device:str="auto", value:str="test_acc"):
     "Accuracy over the time of a forward pass, measured on this machine, now"
     from rethink_nb.report.figures import fig_accuracy_cost
-    return fig_accuracy_cost(latency_frame(t.frame(), t.store, batch, repeats, device), "ms", alpha=t.alpha, **options)
+    return fig_accuracy_cost(latency_frame(t.frame(), t.store, batch, repeats, device), "ms", value, t.alpha)
 
 # %% ../../nbs/study/figures.ipynb #f470d03f
 @drawing("verdicts")
@@ -113,16 +121,16 @@ def positions(t:Trial, seeds:int=3):
     from rethink_nb.report.maps import fig_positions
     return fig_positions(positions_frame(t.studies, t.store, seeds))
 
-# %% ../../nbs/study/figures.ipynb #68c53000
+# %% ../../nbs/study/figures.ipynb #4108fde8
 @drawing("distributions")
-def distributions(t:Trial, **options):
+def distributions(t:Trial, bins:int=61, seeds:int=1):
     "How weights are distributed after each arm"
     from rethink_nb.report.insides import fig_distributions
-    return fig_distributions(distribution_frame(t.cells, t.store, **options))
+    return fig_distributions(distribution_frame(t.cells, t.store, "weights", bins, seeds))
 
-# %% ../../nbs/study/figures.ipynb #3e4aab0f
+# %% ../../nbs/study/figures.ipynb #469fdd38
 @drawing("gammas")
-def gammas(t:Trial, **options):
+def gammas(t:Trial, bins:int=61, seeds:int=1):
     "How the scaling factors of batch norm are distributed after each arm"
     from rethink_nb.report.insides import fig_distributions
-    return fig_distributions(distribution_frame(t.cells, t.store, "gammas", **options), "gammas")
+    return fig_distributions(distribution_frame(t.cells, t.store, "gammas", bins, seeds), "gammas")

@@ -145,10 +145,12 @@ def _made(path:Path, text:str, layers:list[tuple[dict, int, str]], scale:str) ->
     try: return [Study(**dict(zip(_MANY, names)), **given) for names in product(*lists[:2], lists[2] or ["l1"], lists[3] or [""])]
     except (UserError, TypeError) as e: raise UserError(f"{path}, line {_line(text, _blamed(str(e), values, where, _Place('', number)))}: {e}") from None
 
-# %% ../../nbs/study/files.ipynb #3e9911fd
+# %% ../../nbs/study/files.ipynb #3537337f
 def _blamed(error:str, values:dict, where:dict[str, _Place], heading:_Place) -> _Place:
     "What a refusal speaks of: the first key whose name or value it has, else the heading"
     words = set(re.findall(r"[\w.+-]+", error))
+    first = error.replace(":", " ").split()[:2] # a refusal names the key first, if it can ("claims 21: ...", "Study: claims: ...")
+    if named := [k for k in where if k in first or _NAMES.get(k) in first]: return where[named[-1]]
     said = lambda v: any(map(said, v)) if isinstance(v, list) else any(map(said, [*v, *v.values()])) if isinstance(v, dict) else str(v) in words and not isinstance(v, bool)
     for k in sorted(where, key=lambda k: (k in _MANY, where[k].number == 0)): # names of data, network and method stand in many a refusal
         if words & {k, _NAMES.get(k)} or said(values[k]): return where[k]

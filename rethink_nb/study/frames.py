@@ -38,7 +38,7 @@ def trial_frame(cells:list[Cell], store:Store):
     said = lru_cache(64)(store.said) # of parents, which the next cells ask for again
     return DataFrame([_row(c, read, cost, said) for c in cells])
 
-# %% ../../nbs/study/frames.ipynb #0044d926
+# %% ../../nbs/study/frames.ipynb #e5f3d9e6
 def _row(
     cell:Cell,
     read:Callable[[str], dict], # record of a run by its id, empty: none
@@ -46,7 +46,8 @@ def _row(
     said:Callable[[str], torch.Tensor | None], # classes that the network of a run gives to the test images
 ) -> dict:
     line = [read(r.id) for r in cell.run.lineage()]
-    last, whole, own, first = line[-1], [cost(r.id) for r in history(cell.run)], cost(cell.run.id), cell.run.lineage()[0]
+    last, whole, own, first = line[-1], history(cell.run), cost(cell.run.id), cell.run.lineage()[0]
+    total = (lambda what: sum(getattr(cost(r.id), what) for r in whole)) if all(read(r.id) for r in whole) else lambda what: float("nan") # a record that is gone tells no cost
     bad = [r["status"] for r in line if r.get("status") in ("diverged", "failed")]
     status = bad[0] if bad else last.get("status", "missing")
     exact = next((r["exactness"] for r in line if "exactness" in r), dict(max_error=float("nan"), scale=float("nan")))
@@ -55,7 +56,7 @@ def _row(
     return dict(**names, parent_seed=first.seed, run=cell.run.id, group=last.get("group", ""), parent=first.id if len(line) > 1 else "", status=status,
                 **{k: last.get("metrics", {}).get(k, float("nan")) for k in ("test_acc", "test_loss", "test_top5", "test_ece", "best_test_acc", "val_acc", "val_loss")}, agreement=_agreement(cell, said),
                 epochs=last.get("epochs", cell.run.recipe.epochs if trained else 0), schedule=_schedule(cell.run.recipe) if trained else "", **_size(last),
-                train_macs=own.macs, total_macs=sum(c.macs for c in whole), seconds=own.seconds, device_seconds=own.device_seconds, total_seconds=sum(c.seconds for c in whole), **exact)
+                train_macs=own.macs, total_macs=total("macs"), seconds=own.seconds, device_seconds=own.device_seconds, total_seconds=total("seconds"), **exact)
 
 # %% ../../nbs/study/frames.ipynb #a06c5cd2
 def _schedule(r:Recipe) -> str:
@@ -91,14 +92,14 @@ def classes_frame(cells:list[Cell], store:Store):
     rows = [(c, (store.record(c.run.id) or {}).get("metrics", {}).get("test_class_acc") or []) for c in cells]
     return DataFrame([dict(network=c.network, method=c.method, ratio=c.ratio, arm=c.arm, seed=c.seed, label=k, test_acc=acc) for c, found in rows for k, acc in enumerate(found)])
 
-# %% ../../nbs/study/frames.ipynb #830f472d
+# %% ../../nbs/study/frames.ipynb #fbcc4c58
 def widths_frame(
     studies:Iterable[Study],
     store:Store | None=None, # where found widths are looked up
 ):
     "Channels kept at every inner site and ratio, or weights kept in every layer, beside the full number, as a DataFrame; where each seed found its own, their mean"
     from pandas import DataFrame
-    rows = [dict(data=s.data, network=s.arch, method=s.way, ratio=r, site=site, width=kept, full=full) for s in studies for r in s.levels for site, kept, full in _kept(s, r, store)]
+    rows = [dict(data=s.data, network=s.network, method=s.way, ratio=r, site=site, width=kept, full=full) for s in studies for r in s.levels for site, kept, full in _kept(s, r, store)]
     return DataFrame(rows).groupby(["data", "network", "method", "ratio", "site"], sort=False, as_index=False).mean() if rows else DataFrame()
 
 # %% ../../nbs/study/frames.ipynb #4d6888fa
@@ -110,7 +111,7 @@ def _kept(s:Study, ratio:float, store:Store | None) -> list[tuple[str, int, int]
     if s.counts != {}: return [row for id in done for row in widths(store.arch(id))]
     return [(layer, kept, full) for id in done for layer, (kept, full) in store.kept(id).items()]
 
-# %% ../../nbs/study/frames.ipynb #d1d18be0
+# %% ../../nbs/study/frames.ipynb #8cede767
 def cost_frame(cells:list[Cell], store:Store):
     "One row an arm: its own cost by kind, its cost from zero, and its share of all, means over the seeds, as a DataFrame"
     from pandas import DataFrame
@@ -118,26 +119,26 @@ def cost_frame(cells:list[Cell], store:Store):
     cells = [c for c in cells if store.ended(c.run)]
     users = Counter(r.id for c in cells for r in history(c.run))
     rows = [_cost_row(c, cost, users) for c in cells]
-    keys = ["network", "method", "ratio", "arm"]
+    keys = ["data", "network", "method", "ratio", "arm"]
     return DataFrame(rows).groupby(keys, sort=False).mean() if rows else DataFrame()
 
-# %% ../../nbs/study/frames.ipynb #b19fa554
+# %% ../../nbs/study/frames.ipynb #f98c90d4
 def _cost_row(c:Cell, cost, users:Counter) -> dict:
     own, whole = cost(c.run.id), sum((cost(r.id) for r in history(c.run)), Cost())
     shares = [cost(r.id).share(users[r.id]) for r in history(c.run)]
-    return dict(network=c.network, method=c.method, ratio=c.ratio, arm=c.arm, steps=own.steps, images=own.images, forward_macs=own.forward_macs, backward_macs=own.backward_macs,
+    return dict(data=c.data, network=c.network, method=c.method, ratio=c.ratio, arm=c.arm, steps=own.steps, images=own.images, forward_macs=own.forward_macs, backward_macs=own.backward_macs,
                 macs=own.macs, nonzero_macs=own.nonzero_macs, seconds=own.seconds, device_seconds=own.device_seconds, joules=own.joules,
                 **{f"zero_{k}": getattr(whole, k) for k in ("macs", "nonzero_macs", "seconds", "joules")}, **{f"shared_{k}": sum(x[k] for x in shares) for k in ("macs", "seconds")})
 
-# %% ../../nbs/study/frames.ipynb #db72816c
+# %% ../../nbs/study/frames.ipynb #6c6f2e2d
 def spent_frame(cells:list[Cell], store:Store):
     "Cost by purpose, as a DataFrame"
     from pandas import DataFrame
     first = {}
     for c in cells:
-        for r in c.run.lineage(): first.setdefault(r.id, (c.network, _purpose(r, c)))
-    rows = [dict(network=n, what=what, runs=1, **asdict(Cost(**(store.record(id) or {}).get("cost", {})))) for id, (n, what) in first.items()]
-    return DataFrame(rows).groupby(["network", "what"], sort=False).sum()
+        for r in c.run.lineage(): first.setdefault(r.id, (c.data, c.network, _purpose(r, c)))
+    rows = [dict(data=data, network=n, what=what, runs=1, **asdict(Cost(**(store.record(id) or {}).get("cost", {})))) for id, (data, n, what) in first.items()]
+    return DataFrame(rows).groupby(["data", "network", "what"], sort=False).sum()
 
 # %% ../../nbs/study/frames.ipynb #594c6a11
 def _purpose(r:Run, c:Cell) -> str:

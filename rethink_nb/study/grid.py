@@ -176,7 +176,7 @@ def _canonical(s:Study) -> dict:
     given = {k: typed(k, v, defaults[k]) for k, v in s.options.items()}
     return {k: v for k, v in given.items() if v != defaults[k]}
 
-# %% ../../nbs/study/grid.ipynb #0e4f215a
+# %% ../../nbs/study/grid.ipynb #be594083
 def _check_study(s:Study):
     "Refuse numbers that cannot be"
     _check_training(s)
@@ -187,6 +187,7 @@ def _check_study(s:Study):
     if not 0 < s.alpha < 1: raise UserError(f"alpha {s.alpha}: give a number between 0 and 1, such as 0.05 for 95 % intervals")
     if s.margin is not None and not 0 < s.margin <= 100: raise UserError(f"margin {s.margin}: give points of accuracy above 0")
     if wrong := [c for c in s.claims if c not in CLAIMS]: raise UserError(f"claims {wrong[0]}: the paper's claims are numbered from 1 to {len(CLAIMS)}")
+    if len({frozenset(pair_of(p, "primary")) for p in s.primary}) < len(s.primary): raise UserError(f"primary {', '.join(s.primary)}: one comparison stands twice")
     for p in s.primary:
         if missing := [a for a in pair_of(p, "primary") if a not in s.arms]: raise UserError(f"primary {p!r}: {missing[0]} is no arm of the study: there are {', '.join(s.arms)}")
     if s.cap is not None and not 1 <= s.cap < float("inf"): raise UserError(f"cap {s.cap}: give a factor of at least 1")
@@ -316,11 +317,11 @@ def replicates(self:Study) -> range:
     "The seeds"
     return range(self.first_seed, self.first_seed + self.seeds)
 
-# %% ../../nbs/study/grid.ipynb #4594a30f
+# %% ../../nbs/study/grid.ipynb #bcb2ac6b
 @patch(as_prop=True)
 def network(self:Study) -> str:
     "The network's name, with what is unusual about its training"
-    extra = [f"width x{self.width:g}" if self.width != 1 else "", f"{self.epochs} epochs" if self.epochs else "",
+    extra = [f"width x{self.width:g}" if self.width != 1 else "", f"{self.epochs} epoch{'' if self.epochs == 1 else 's'}" if self.epochs else "",
              f"{self.subset:,} images" if self.subset else "", self.precision if self.precision != "fp32" else "", self.recipe_name, *(f"{k}={v}" for k, v in self.training.items()),
              "as the reference" if self.reference else "", f"given parent {self.parent_sha256[:6]}" if self.parent else ""]
     return ", ".join([self.arch, *filter(None, extra)])

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['first_done', 'distribution_frame', 'positions_frame', 'found_frame', 'latency_frame']
 
-# %% ../../nbs/study/insides.ipynb #cd6b57ce
+# %% ../../nbs/study/insides.ipynb #5d3bbebb
 from collections.abc import Iterable
 
 import torch
 
-from ..arch.measure import latencies
+from ..arch.measure import latencies, whole_numbers
 from ..arch.spec import Arch
 from ..core.errors import UserError
 from ..methods.base import pruned_arch
@@ -38,7 +38,7 @@ def _values(path, what:str) -> torch.Tensor:
     flat = torch.cat([tensors[k].flatten().float() for k in names]) if names else torch.zeros(0)
     return flat[flat != 0] if what == "weights" else flat
 
-# %% ../../nbs/study/insides.ipynb #ba9cb735
+# %% ../../nbs/study/insides.ipynb #116a67df
 def distribution_frame(
     cells:Iterable[Cell],
     store:Store,
@@ -49,6 +49,7 @@ def distribution_frame(
     "Histograms, a row a bin: its middle (`value`) and the density of the values about it, as a DataFrame; bins are those of the network, and their ends hold what lies beyond 99.5 % of the values"
     from pandas import DataFrame
     if what not in ("weights", "gammas"): raise UserError(f"what must be weights or gammas, got {what!r}")
+    whole_numbers(bins=bins, seeds=seeds)
     rows, groups = [], {}
     for c in first_done(cells, store, seeds): groups.setdefault((c.data, c.network), {}).setdefault((c.method, c.ratio, c.arm), []).append(store/c.run.id/"weights.safetensors")
     for (data, network), arms in groups.items():
@@ -74,7 +75,7 @@ def _density(parts:list[torch.Tensor], edges:torch.Tensor) -> torch.Tensor:
     values = torch.cat(parts).clamp(edges[0], edges[-1])
     return torch.histogram(values, edges).hist/len(values)/(edges[1] - edges[0])
 
-# %% ../../nbs/study/insides.ipynb #267c11db
+# %% ../../nbs/study/insides.ipynb #41ed54e5
 def positions_frame(
     studies:Iterable[Study],
     store:Store,
@@ -82,6 +83,7 @@ def positions_frame(
 ):
     "Weights kept at each place of square kernels, of how many, a row a seed, stage and place, as a DataFrame; for studies in which single weights go"
     from pandas import DataFrame
+    whole_numbers(seeds=seeds)
     rows = []
     for s in studies:
         if s.counts != {}: continue

@@ -25,20 +25,20 @@ def _of_scale(t:Trial) -> list[str]:
     return ["" if scales[t.studies[0].scale].finds else "Anything about pruning: networks and data are too small, this scale only checks that everything works.",
             f"Anything about other networks, data or recipes than these: {where}."]
 
-# %% ../../nbs/study/limits.ipynb #495e9d11
+# %% ../../nbs/study/limits.ipynb #e0fc1f1c
 def _of_verdicts(v, alpha:float) -> list[str]:
     "What the comparisons leave open"
-    open_, other, apart = v[v.verdict == "undecided"], v[~v.primary], v[v.setup.str.contains(" against ")]
+    open_, other, apart = v[v.verdict == "undecided"], v[~v.primary & v.lo.notna()], v[v.setup.str.contains(" against ")] # without an interval nothing falls by chance
     fallen = v[v.primary & ~v.stands & (v.verdict != "undecided")]
-    return [f"That arms are equal, or that they differ, in {len(open_)} of {len(v)} comparisons: these are undecided{f', {n} primary ones among them' if (n := int(open_.primary.sum())) else ''}." if len(open_) else "",
+    return [f"That arms are equal, or that they differ, in {len(open_)} of {len(v)} comparisons: these are undecided{f', {n} of them primary' if (n := int(open_.primary.sum())) else ''}." if len(open_) else "",
             f"That {len(fallen)} of the primary verdicts hold together with the others: by themselves they do, among all of them (Holm) they do not." if len(fallen) else "",
-            f"That each verdict in {len(other)} comparisons that were not named beforehand is a finding: of as many between equal arms, {alpha*len(other):.2g} would come out better or worse by chance." if len(other) else "",
+            f"That each verdict in {len(other)} comparisons that were not named beforehand is a finding: of as many between equal arms, {alpha*len(other):.2g} would come out better or worse by chance." if other.verdict.isin(["better", "worse"]).any() else "",
             f"That a difference lies in the weights alone, in {len(apart)} comparisons: their arms differ in epochs or schedule, too (setup)." if len(apart) else ""]
 
-# %% ../../nbs/study/limits.ipynb #1511975d
+# %% ../../nbs/study/limits.ipynb #292faf08
 def _of_runs(t:Trial) -> list[str]:
     "What the runs leave open"
     given, peeked, lost = any(s.parent for s in t.studies), any(s.reference for s in t.studies), t.unfinished()
     return ["How parents differ: all seeds share one given parent, so intervals tell how retraining varies; the parent's own training is in no cost." if given else "",
             "How well a network does on new images, by the best result of all epochs: it was picked on the test images, as the reference does." if peeked else "",
-            f"Anything by means that leave runs out: {lost}." if lost else ""]
+            f"Anything from the means of arms whose runs are not all there: {lost}." if lost else ""]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['setup_of', 'command']
 
-# %% ../../nbs/study/pages.ipynb #01af2317
+# %% ../../nbs/study/pages.ipynb #c22ad0df
 import shlex
 
 from fastcore.basics import patch
@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from ..core.errors import UserError
 from ..methods.plugins import plugin_of, plugins_loaded
 from .figures import FIGURES # noqa: F401 (gives Trial its figures)
-from .grid import USUAL, Study, scales
+from .grid import USUAL, Study
 from .limits import limits # noqa: F401 (gives Trial its limits)
 from .store import Store
 from .trial import Trial
@@ -25,7 +25,7 @@ def setup_of(s:Study) -> str:
     "One line on a study: network, images, epochs, seeds"
     return "{}, {}: {}".format(*_setup_parts(s))
 
-# %% ../../nbs/study/pages.ipynb #20c4c71e
+# %% ../../nbs/study/pages.ipynb #030e7e7e
 def _setup_parts(s:Study) -> tuple[str, str, str]:
     "What is pruned, how, and how it is trained"
     from rethink_nb.report.stats import level_words
@@ -34,7 +34,7 @@ def _setup_parts(s:Study) -> tuple[str, str, str]:
     parent = f"given parent {s.parent_sha256[:12]}, recipe" if s.parent else "parent"
     more = ", ".join(["", *filter(None, [s.recipe_name, *(f"{k} {v}" for k, v in s.training.items()), "as the reference (no image held out, the test images looked at after each epoch)" if s.reference else ""])])
     return (f"{s.arch}{width} on {s.data} ({images})", f"{s.way} at {', '.join(map(level_words, s.levels))}",
-            f"{parent} {s.recipe.epochs} epochs, rate {s.recipe.lr:g} {s.recipe.schedule}, {s.precision}, {_seeds(s)}{more}")
+            f"{parent} {s.recipe.epochs} epoch{'' if s.recipe.epochs == 1 else 's'}, rate {s.recipe.lr:g} {s.recipe.schedule}, {s.precision}, {_seeds(s)}{more}")
 
 # %% ../../nbs/study/pages.ipynb #16935fd8
 def _seeds(s:Study) -> str:
@@ -49,13 +49,13 @@ def caution(self:Trial) -> str:
     among = f"each comparison by itself (not corrected for their number){f'; verdicts on the {n} primary ones are also held against each other (Holm)' if (n := int(self.verdicts().primary.sum()) if self.primary else 0) > 1 else ''}"
     return f"{self.note} Margin {self.points:g} points, {1 - self.alpha:.0%} intervals, {among}.{shared}"
 
-# %% ../../nbs/study/pages.ipynb #356be6a9
+# %% ../../nbs/study/pages.ipynb #65134b66
 @patch
 def setup(self:Trial) -> list[str]:
     "One line for the studies that prune one network, trained in one way"
     found = {}
     for where, how, trained in map(_setup_parts, self.studies): found.setdefault((where, trained), []).append(how)
-    return [f"{where}, {'; '.join(how)}: {trained}" for (where, trained), how in found.items()]
+    return [f"{where}, {'; '.join(dict.fromkeys(how))}: {trained}" for (where, trained), how in found.items()]
 
 # %% ../../nbs/study/pages.ipynb #d748d326
 @patch
@@ -108,7 +108,7 @@ def drawn(self:Trial, kind:str):
     try: return self.figure(kind)
     except UserError as e: return str(e)
 
-# %% ../../nbs/study/pages.ipynb #31dc4d34
+# %% ../../nbs/study/pages.ipynb #13b631a2
 @patch
 def sections(self:Trial,
     inside:bool=False, # with distributions of weights and scaling factors, and places in kernels: every network is opened
@@ -123,9 +123,9 @@ def sections(self:Trial,
            "verdict: equivalent where the whole interval of the difference lies within the margin, better or worse where it does not and excludes 0, else undecided; "
            "n=3 pairs: both arms of a pair hang on one parent; n=3+3: they do not",
            "power: the chance that arms which are alike come out equivalent, with as many runs of such a spread; seeds to decide: about how many an arm would, if the difference stayed as it is"]
-    return [("What was run", [*self.setup(), self.caution()]), ("Verdicts", [self.verdict_lines(), verdict_table(self.verdicts())]), ("What may not be concluded", self.limits()), ("How to read this", how),
+    return [("What was run", [*self.setup(), self.caution()]), ("Verdicts", [self.verdict_lines(), *([verdict_table(self.verdicts())] if len(self.verdicts()) else [])]), ("What may not be concluded", self.limits()), ("How to read this", how),
             (_HEADINGS["arms"], self.drawn("arms")), ("Every arm", [shown(self.table()), *filter(None, [self.unfinished()])]), *self.lost_section(), ("Beyond accuracy", self.beyond()), *((_HEADINGS[k], self.drawn(k)) for k in self.fitting(inside, latency)),
-            ("Smaller and masked network", str(self.exactness())), ("Beside the paper's numbers", self.beside_paper()), ("The paper's claims", self.claims()), ("How to make it again", self.commands())]
+            ("Smaller and masked network", str(self.exactness())), ("Beside the paper's numbers", self.beside_paper()), ("How to make it again", self.commands())]
 
 # %% ../../nbs/study/pages.ipynb #9ad609c7
 @patch
@@ -153,13 +153,15 @@ def lost_section(self:Trial) -> list[tuple]:
     "The part of the page on runs that are lost; none where there are none"
     return [("Runs that failed or diverged", lost)] if len(lost := self.lost()) else []
 
-# %% ../../nbs/study/pages.ipynb #6ffa0173
+# %% ../../nbs/study/pages.ipynb #e3a132a8
 @patch
 def beside_paper(self:Trial):
     "The published numbers that this trial attempts, with ours and the status of each; or a line that it attempts none"
     from rethink_nb.report.paper import against_paper
     beside = against_paper(self.frame(), self.points, self.alpha)
-    found, rest = beside[beside.n > 0], int((beside.n == 0).sum())
+    one = ["data", "network", "arm", "mean"] # some are told twice: by two sources, or a parent once for each of its pruned networks
+    found, rest = beside[beside.n > 0], len(beside[beside.n == 0].drop_duplicates([*one, "variant"]))
+    found = found[~found.duplicated(one) | (found.arm != "parent")]
     said = f"Not attempted here: {'the other ' if len(found) else ''}{rest} published top-1 accuracies that were really read; they belong to other networks, data or recipes."
     return [_paper_rows(found), said] if len(found) else said
 
@@ -171,14 +173,6 @@ def _paper_rows(found):
     rows = list(found.itertuples())
     return DataFrame({"data": found["data"], "network": found.network, "variant": found.variant, "arm": found.arm, "paper %": [of(r.mean, r.sd) for r in rows], "here %": [of(r.ours, float("nan")) for r in rows],
                       "interval": ["-" if isna(r.lo) else f"[{r.lo:.2f}, {r.hi:.2f}]" for r in rows], "runs": found.n, "difference": [f"{r.difference:+.2f}" for r in rows], "status": found.status, "source": found.source})
-
-# %% ../../nbs/study/pages.ipynb #c69fe152
-@patch
-def claims(self:Trial):
-    "What may be said of each of the paper's claims, as a DataFrame; or a line that none was named"
-    from rethink_nb.report.claims import claims_table
-    asked = sorted({c for s in self.studies for c in s.claims})
-    return claims_table(asked, scales[self.studies[0].scale].finds) if asked else "No claim of the paper was named beforehand, so none is put to the test here."
 
 # %% ../../nbs/study/pages.ipynb #6215a28b
 @patch

@@ -161,16 +161,18 @@ def beyond(self:Trial):
     from rethink_nb.report.tables import beyond_table
     return beyond_table(self.frame())
 
-# %% ../../nbs/study/trial.ipynb #644b4d8c
+# %% ../../nbs/study/trial.ipynb #6e8475f6
 @patch
 def verdicts(self:Trial):
     "One row a comparison of two arms"
     from rethink_nb.report.multiple import holm
     from rethink_nb.report.stats import verdicts
-    pairs = list(dict.fromkeys([*comparisons({c.arm for c in self.cells}), *(pair for *_, pair in self.primary)]))
+    named = dict.fromkeys(pair for *_, pair in self.primary)
+    pairs = [*(p for p in comparisons({c.arm for c in self.cells}) if p[::-1] not in named or p in named), *named] # as they are named, not the other way round as well
+    pairs = list(dict.fromkeys(pairs))
     frame = verdicts(self.frame(), pairs, self.points, self.alpha)
-    named = set(self.primary)
-    return holm(frame, [(r.data, r.network, r.method, (r.arm_a, r.arm_b)) in named for r in frame.itertuples()], self.alpha)
+    primary = set(self.primary)
+    return holm(frame, [(r.data, r.network, r.method, (r.arm_a, r.arm_b)) in primary for r in frame.itertuples()], self.alpha)
 
 # %% ../../nbs/study/trial.ipynb #bcfb53ca
 @patch(as_prop=True)

@@ -16,7 +16,7 @@ from ..core.errors import UserError
 from ..core.registry import Registry
 from .recipe import SCHEDULES, Recipe, reshaped, scratch_b
 
-# %% ../../nbs/training/arms.ipynb #38019e99
+# %% ../../nbs/training/arms.ipynb #76f1c8d2
 @dataclass(frozen=True)
 class Arm:
     "One arm of a trial"
@@ -39,7 +39,7 @@ class Arm:
     def title(self) -> str:
         "What it is, for people"
         told = (self.trained == "short" and not self.rewound) or self.schedule != "large"
-        words = [SCHEDULES[self.schedule] if told and not self.rewound else "", f"{self.epochs} epochs" if self.epochs else ""]
+        words = [SCHEDULES[self.schedule] if told and not self.rewound else "", f"{self.epochs} epoch{'' if self.epochs == 1 else 's'}" if self.epochs else ""]
         return self.what + (f" ({', '.join(filter(None, words))})" if any(words) else "")
     @property
     def from_parent(self) -> bool:
