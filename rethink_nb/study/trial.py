@@ -119,10 +119,11 @@ def curves(self:Trial):
     "One row an epoch of every training"
     return curve_frame(self.cells, self.store)
 
-# %% ../../nbs/study/trial.ipynb #e4d51757
+# %% ../../nbs/study/trial.ipynb #95f6a00f
 @patch
 def still(self:Trial) -> Trial:
     "The same trial as its store stands now: frame, curves, table and verdicts are made when they are first asked for, and once"
+    if "frame" in self.__dict__: return self # it is one
     now = copy(self)
     now.cells = self.cells
     now.frame, now.curves = cache(self.frame), cache(self.curves)
