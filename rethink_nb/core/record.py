@@ -115,33 +115,41 @@ def content_id(data:Any, n:int=12) -> str:
     "The first `n` hex digits of SHA-256 over canonical JSON"
     return _short(_canonical(data), n)
 
-# %% ../../nbs/core/record.ipynb #ff71c02f
+# %% ../../nbs/core/record.ipynb #0b31142d
 def _text(value:Any) -> str:
     "Canonical JSON of plain data and records, with name and schema number on every record"
-    if isinstance(value, Record): return _record_text(_typed(value))
+    if isinstance(value, Record): return _record_text(value)
     if isinstance(value, (list, tuple)): return f"[{','.join(map(_text, value))}]"
     if isinstance(value, dict): return "{" + ",".join(f"{_canonical(k)}:{_text(value[k])}" for k in sorted(value)) + "}"
     return _canonical(value)
 
-# %% ../../nbs/core/record.ipynb #e75e2387
+# %% ../../nbs/core/record.ipynb #7661048c
 def _record_text(record:Record) -> str:
     kept = record.__dict__.get("text")
     if kept is None or kept[0] != record.schema:
-        said = ",".join(f"{name}:{_text(v)}" for field, name, default in _order(type(record)) if (v := getattr(record, field)) != default)
-        kept = record.__dict__["text"] = record.schema, f'["{type(record).__name__}",{record.schema},{{{said}}}]'
+        said = [f"{name}:{text}" for f, name, default in _order(type(record)) if (v := getattr(record, f.name)) is not default and (text := _field_text(v, f.type, default))]
+        kept = record.__dict__["text"] = record.schema, f'["{type(record).__name__}",{record.schema},{{{",".join(said)}}}]'
     return kept[1]
 
-# %% ../../nbs/core/record.ipynb #d36a9fe5
-@cache
-def _order(cls:type[Record]) -> list[tuple[str, str, Any]]:
-    "Fields in the order of their names in JSON: field, quoted name, default"
-    return [(f.name, _canonical(f.encode_name), _default(f)) for f in sorted(_fields(cls), key=lambda f: f.encode_name)]
+# %% ../../nbs/core/record.ipynb #9397e655
+def _field_text(value:Any, kind:Any, default:Any) -> str:
+    "The text of a field in its declared type; empty for the default"
+    if not isinstance(value, Record): value = _field(value, kind)
+    return _text(value) if value != default else ""
 
-# %% ../../nbs/core/record.ipynb #ba0488f2
+# %% ../../nbs/core/record.ipynb #e59b2b2b
+@cache
+def _order(cls:type[Record]) -> list[tuple[msgspec.structs.FieldInfo, str, Any]]:
+    "Fields in the order of their names in JSON, with that name in quotes and the default"
+    return [(f, _canonical(f.encode_name), _default(f)) for f in sorted(_fields(cls), key=lambda f: f.encode_name)]
+
+# %% ../../nbs/core/record.ipynb #71682fad
 @patch(as_prop=True)
 def id(self:Record) -> str:
     "Name from content: the same for equal records on every machine; worked out once"
-    if "id" not in self.__dict__: self.__dict__["id"] = _short(_text(self))
+    if "id" not in self.__dict__:
+        try: self.__dict__["id"] = _short(_text(self))
+        except (msgspec.ValidationError, TypeError): _refused(self) # says where
     return self.__dict__["id"]
 
 # %% ../../nbs/core/record.ipynb #12775b76
