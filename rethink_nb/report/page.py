@@ -36,12 +36,12 @@ def html_body(body, # str, list of lines, DataFrame, plotly figure, or a list of
 # %% ../../nbs/report/page.ipynb #3c6d6854
 _policy = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 
-# %% ../../nbs/report/page.ipynb #8234d84c
+# %% ../../nbs/report/page.ipynb #42ffd137
 _css = """
 :root { color-scheme: light dark; --text: #1d1d1f; --soft: #6a6a70; --page: #f6f6f4; --card: #fff; --rule: #dcdcd8 }
 @media (prefers-color-scheme: dark) { :root { --text: #e8e8ea; --soft: #a0a0a8; --page: #18181b; --card: #222226; --rule: #3a3a40 } }
 body { margin: 0; background: var(--page); color: var(--text); font: 16px/1.5 Inter, "Segoe UI", Helvetica, Arial, sans-serif }
-main { max-width: 1280px; margin: 0 auto; padding: 32px 24px 64px }
+main { max-width: 1500px; margin: 0 auto; padding: 32px 24px 64px }
 h1 { font-size: 30px; margin: 0 0 8px } h2 { font-size: 21px; margin: 40px 0 12px }
 p { max-width: 80ch; white-space: pre-line } .lead { font-size: 18px; color: var(--soft); margin: 0 }
 .figure { background: #fff; border: 1px solid var(--rule); border-radius: 8px; padding: 8px; margin: 12px 0 }

@@ -25,15 +25,15 @@ def _of_scale(t:Trial) -> list[str]:
     return ["" if scales[t.studies[0].scale].finds else "Anything about pruning: networks and data are too small, this scale only checks that everything works.",
             f"Anything about other networks, data or recipes than these: {where}."]
 
-# %% ../../nbs/study/limits.ipynb #e0fc1f1c
+# %% ../../nbs/study/limits.ipynb #91cc5b96
 def _of_verdicts(v, alpha:float) -> list[str]:
     "What the comparisons leave open"
     open_, other, apart = v[v.verdict == "undecided"], v[~v.primary & v.lo.notna()], v[v.setup.str.contains(" against ")] # without an interval nothing falls by chance
     fallen = v[v.primary & ~v.stands & (v.verdict != "undecided")]
     return [f"That arms are equal, or that they differ, in {len(open_)} of {len(v)} comparisons: these are undecided{f', {n} of them primary' if (n := int(open_.primary.sum())) else ''}." if len(open_) else "",
-            f"That {len(fallen)} of the primary verdicts hold together with the others: by themselves they do, among all of them (Holm) they do not." if len(fallen) else "",
-            f"That each verdict in {len(other)} comparisons that were not named beforehand is a finding: of as many between equal arms, {alpha*len(other):.2g} would come out better or worse by chance." if other.verdict.isin(["better", "worse"]).any() else "",
-            f"That a difference lies in the weights alone, in {len(apart)} comparisons: their arms differ in epochs or schedule, too (setup)." if len(apart) else ""]
+            f"That {len(fallen)} of the primary verdicts hold among all of them (Holm): by themselves they do." if len(fallen) else "",
+            f"That each verdict is a finding, in {len(other)} of {len(v)} comparisons: they were not named beforehand, and of as many between equal arms, {alpha*len(other):.2g} would come out better or worse by chance." if other.verdict.isin(["better", "worse"]).any() else "",
+            f"That a difference lies in the weights alone, in {len(apart)} of {len(v)} comparisons: there the arms differ in epochs or schedule, too (setup)." if len(apart) else ""]
 
 # %% ../../nbs/study/limits.ipynb #292faf08
 def _of_runs(t:Trial) -> list[str]:
