@@ -112,11 +112,12 @@ def network(self:Store, id:str) -> nn.Module:
     if record is None or record["status"] != "done": raise UserError(f"{self.path} has no finished run {id}")
     return load(self/id, record["weights_sha256"])
 
-# %% ../../nbs/study/store.ipynb #e6222c93
+# %% ../../nbs/study/store.ipynb #d2804db1
 @patch
 def arch(self:Store, id:str) -> Arch:
     "The architecture that a run ended with"
-    return Arch.read(self/id/"arch.json")
+    try: return Arch.read(self/id/"arch.json")
+    except UserError as e: raise UserError(f"{e}; remove the folder {self/id} to have it run again") from None
 
 # %% ../../nbs/study/store.ipynb #24035252
 @patch
