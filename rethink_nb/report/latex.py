@@ -8,14 +8,14 @@ __all__ = ['latex_table', 'escaped', 'latex_file']
 # %% ../../nbs/report/latex.ipynb #b3272001
 import re
 
-# %% ../../nbs/report/latex.ipynb #8cc273c5
+# %% ../../nbs/report/latex.ipynb #6f5e51f9
 def latex_table(frame, # all text
                 caption, # plain words
                 label, # to refer to it, such as tab:arms
                ):
     "The frame as a `longtable` with its caption; whatever LaTeX would take for its own is escaped"
     style = frame.rename(columns=escaped).map(escaped).style.hide(axis="index")
-    text = style.to_latex(hrules=True, environment="longtable", caption=escaped(caption), label=label, column_format="".join("r" if _numbers(frame[c]) else "l" for c in frame))
+    text = style.to_latex(hrules=True, environment="longtable", caption=escaped(caption), label=label, column_format="".join(_place(frame[c]) for c in frame))
     return text.replace(rf"\caption[]{{{escaped(caption)}}}", r"\caption[]{(continued)}") # on later pages
 
 # %% ../../nbs/report/latex.ipynb #2c1a9a2f
@@ -25,10 +25,11 @@ def escaped(text:str) -> str:
     "Words that LaTeX prints as they stand"
     return re.sub(r"[\\~^<>±&%$#_{}]", lambda m: _OWN[m[0]], text)
 
-# %% ../../nbs/report/latex.ipynb #7ecff949
-def _numbers(column) -> bool:
-    "Whether a column is one of numbers, which stand to the right"
-    return all(re.match(r"[-+\[]?\d|-$", x) for x in column)
+# %% ../../nbs/report/latex.ipynb #5a474d3e
+def _place(column) -> str:
+    "Numbers stand to the right, words to the left, and long ones in lines"
+    if all(re.match(r"[-+\[]?\d|-$", x) for x in column): return "r"
+    return "l" if max(map(len, column), default=0) <= 30 else r"p{3.5cm}"
 
 # %% ../../nbs/report/latex.ipynb #5fff0263
 def latex_file(tables, # (frame, caption, label)
