@@ -45,7 +45,7 @@ def test_the_study_of_an_experiment(name, tmp_path):
 def test_other_parameters(tmp_path):
     out = run_notebook("trial", tmp_path/"fm.ipynb", data="fashion-mnist", archs="resnet20", width=.25, subset=500, epochs=1, seeds=1, ratios=[.5], store=str(tmp_path/"runs"))
     text = out.read_text()
-    assert "resnet20 on fashion-mnist" in text and "holds for these networks and data" in text
+    assert "resnet20 at 0.25 x its width on fashion-mnist (a subset of 500 training images)" in text and "holds for these networks and data" in text
 
 
 def test_a_failing_cell_is_kept(tmp_path):
