@@ -77,7 +77,7 @@ def published():
     "A row a number: table of the paper, method, data, network, variant, top (1 or 5), arm, mean, sd (over five seeds, where it is given), source (reference or transcription), note; as a DataFrame"
     return _published().copy()
 
-# %% ../../nbs/report/paper.ipynb #99b0f656
+# %% ../../nbs/report/paper.ipynb #68b592fb
 _HARMLESS = {"bf16", "as the reference"} # what a network's training may have that is unusual, and still stand beside the paper's
 
 def against_paper(frame, # the trial frame
@@ -86,7 +86,7 @@ def against_paper(frame, # the trial frame
                  ):
     "The published top-1 numbers, a row each, with ours (mean, lo, hi, n), the difference, and its status; as a DataFrame"
     ours = done(frame)
-    ours = ours[[set(name.split(", ")[1:]) <= _HARMLESS for name in ours.network]] # no narrower network, no shorter training
+    ours = ours[np.array([set(name.split(", ")[1:]) <= _HARMLESS for name in ours.network], bool)] # no narrower network, no shorter training
     ours = ours.assign(network=ours.network.str.split(",").str[0])
     found = [_beside(row, ours, margin, alpha) for row in published().query("top == 1").itertuples()]
     return published().query("top == 1").reset_index(drop=True).join(pd.DataFrame(found))
