@@ -51,25 +51,14 @@ def to_dict(self:Record) -> dict:
     "Plain data: non-default fields only, types checked"
     return _plain(_typed(self))
 
-# %% ../../nbs/core/record.ipynb #89e24470
+# %% ../../nbs/core/record.ipynb #4f9609aa
 def _typed(record:Record) -> Record:
     "The same record with every field in its declared type; worked out once, and once for each record in it"
     if "typed" not in record.__dict__:
-        fields = _fields(type(record))
-        if all((v := getattr(record, f.name)) is f.default or _stands(v, f) for f in fields): made = record
-        else:
-            try: made = type(record)(**{f.name: _field(getattr(record, f.name), f.type) for f in fields})
-            except (msgspec.ValidationError, TypeError): made = _refused(record)
+        try: made = type(record)(**{f.name: _field(getattr(record, f.name), f.type) for f in _fields(type(record))})
+        except (msgspec.ValidationError, TypeError): made = _refused(record)
         made.__dict__["typed"] = record.__dict__["typed"] = made
     return record.__dict__["typed"]
-
-# %% ../../nbs/core/record.ipynb #94bde443
-def _stands(value:Any, field:msgspec.structs.FieldInfo) -> bool:
-    "Whether a value is of its declared type already"
-    if isinstance(value, Record): return _typed(value) is value
-    if type(value) in _exact(field.type): return True
-    try: return repr(_field(value, field.type)) == repr(value) # 1 and 1.0, a list and a tuple are told apart
-    except (msgspec.ValidationError, TypeError): return False
 
 # %% ../../nbs/core/record.ipynb #433367df
 def _field(value:Any, kind:Any) -> Any:

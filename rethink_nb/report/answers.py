@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['chance', 'verdict_table']
 
-# %% ../../nbs/report/answers.ipynb #d5d6c065
+# %% ../../nbs/report/answers.ipynb #7eff1d76
 import pandas as pd
 
-from .stats import level_words, power_at
+from .stats import from_smallest, level_words, power_at
 
 # %% ../../nbs/report/answers.ipynb #24468dc3
 def chance(row, # of `verdicts`
@@ -16,11 +16,11 @@ def chance(row, # of `verdicts`
     "The chance that arms which are alike come out equivalent, with as many runs of such a spread"
     return float("nan") if pd.isna(row["se"]) else power_at(row["se"], row["df"], row["margin"], row["alpha"])
 
-# %% ../../nbs/report/answers.ipynb #488f2085
+# %% ../../nbs/report/answers.ipynb #c403306f
 def verdict_table(verdicts, # of `verdicts`, through `holm` where comparisons were named beforehand
                  ):
     "A row a comparison, all text: verdict, difference with its interval, runs, whether it stands among the primary ones, the seeds that would decide, and the setup"
-    rows = [r for _, r in verdicts.sort_values(["data", "network", "method", "ratio"], key=lambda c: c.abs() if c.name == "ratio" else c, kind="stable").iterrows()]
+    rows = [r for _, r in verdicts.sort_values(["data", "network", "method", "ratio"], key=from_smallest, kind="stable").iterrows()]
     columns = {"network": [r.network for r in rows], "data": [r["data"] for r in rows], "method": [r.method for r in rows], "removed": [level_words(r.ratio) for r in rows], "compared": [f"{r.arm_a} vs {r.arm_b}" for r in rows],
                "verdict": [r.verdict for r in rows], "difference": [f"{r.difference:+.2f}" for r in rows], f"{1 - verdicts.alpha.max():.0%} interval" if rows else "interval": [_interval(r) for r in rows],
                "runs": [f"{r.n_a} pair{'s' if r.n_a > 1 else ''}" if r.paired else f"{r.n_a}+{r.n_b}" for r in rows], "power": [_share(chance(r)) for r in rows], "seeds to decide": [_seeds(r) for r in rows],

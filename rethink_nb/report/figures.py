@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['arm_looks', 'panelled', 'options_of', 'finish', 'fig_curves', 'fig_arms', 'fig_accuracy_cost', 'fig_widths']
 
-# %% ../../nbs/report/figures.ipynb #ac815f41
+# %% ../../nbs/report/figures.ipynb #b3a6676d
 from textwrap import wrap
 
 import pandas as pd
@@ -14,7 +14,7 @@ import plotly.graph_objects as go
 import plotly.io as pio
 
 from ..core.errors import UserError
-from .stats import done, level_words, spread_parents, summary
+from .stats import done, from_smallest, level_words, spread_parents, summary
 from .tables import arm_base, arm_order
 
 # %% ../../nbs/report/figures.ipynb #5d9e30f4
@@ -67,11 +67,11 @@ def _title(column:str) -> str:
     words = _words.get(column, column)
     return words[0].upper() + words[1:]
 
-# %% ../../nbs/report/figures.ipynb #a42b0a1c
+# %% ../../nbs/report/figures.ipynb #0c2babd4
 def panelled(frame, ratio=True):
     "The frame, refused when empty, with the words of its panels: `net` (and data set), `cut` (method and, if asked, ratio), and both as `panel`"
     if frame.empty: raise UserError("nothing to draw: the frame holds no row for this figure")
-    frame = frame.sort_values(["network", "method", "ratio"], kind="stable", key=lambda c: c.abs() if c.name == "ratio" else c)  # prices, too, from the smallest
+    frame = frame.sort_values(["network", "method", "ratio"], kind="stable", key=from_smallest)  # prices, too, from the smallest
     net = frame.network + " on " + frame["data"] if "data" in frame else frame.network
     net = net.map({words: "<br>".join(wrap(words, 34, break_on_hyphens=False)) for words in net.unique()})  # a row title as long as its row is high
     cut = (frame.method + frame.ratio.map({r: f" {level_words(r)}" + (" removed" if r >= 0 else "") for r in frame.ratio.unique()})) if ratio else frame.method

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['done', 'summary', 'interval', 'decide', 'seeds_needed', 'power', 'power_at', 'Comparison', 'compare', 'decided_at',
-           'spread_parents', 'samples', 'verdicts', 'level_words', 'statement', 'Exactness', 'exactness']
+           'spread_parents', 'samples', 'verdicts', 'level_words', 'from_smallest', 'statement', 'Exactness',
+           'exactness']
 
 # %% ../../nbs/report/stats.ipynb #9a8b5ca7
 from numbers import Real
@@ -218,6 +219,11 @@ def verdicts(frame, # the trial frame
 def level_words(level:float) -> str: # a ratio, or a price as a negative number
     "A share removed, or the price at which it was found"
     return f"price {-level:g}" if level < 0 else f"{100*level:.3g}%"
+
+# %% ../../nbs/report/stats.ipynb #df1a6c44
+def from_smallest(column):
+    "Key to sort rows by: prices, which are negative, from the smallest up, as ratios are"
+    return column.abs() if column.name == "ratio" else column
 
 # %% ../../nbs/report/stats.ipynb #f068fc08
 def statement(row, # a row of `verdicts`

@@ -6,13 +6,13 @@
 __all__ = ['ARM_ORDER', 'arm_base', 'arm_order', 'trial_table', 'in_order', 'missing', 'human', 'shown', 'beyond_table',
            'format_table', 'html_frame', 'html_table']
 
-# %% ../../nbs/report/tables.ipynb #1ae6d2f2
+# %% ../../nbs/report/tables.ipynb #8a022b1f
 import numpy as np
 import pandas as pd
 
 from ..core.errors import UserError
 from .setups import check_setups
-from .stats import done, level_words, summary
+from .stats import done, from_smallest, level_words, summary
 
 # %% ../../nbs/report/tables.ipynb #6c411fa4
 ARM_ORDER = ("parent", "pruned", "fine-tune", "fine-tune-large", "lr-rewind", "weight-rewind", "pipeline-e", "pipeline-b", "ticket", "random-ticket", "scratch-e", "scratch-b",
@@ -52,12 +52,12 @@ def _lost(frame):
     why = frame.assign(**{k: (frame.status == k).astype(int) for k in ("diverged", "failed")})
     return why.groupby(_keys, sort=False)[["diverged", "failed"]].sum().reset_index()
 
-# %% ../../nbs/report/tables.ipynb #d6c7fdd4
+# %% ../../nbs/report/tables.ipynb #ffca1434
 def in_order(frame):
     "Rows sorted by network, then the parent, then method, ratio and arm"
     rank = {arm: i for i, arm in enumerate(arm_order(frame.arm))}
     place = frame.assign(_later=frame.arm != "parent", _arm=frame.arm.map(rank))
-    return frame.loc[place.sort_values(["data", "network", "_later", "method", "ratio", "_arm"], key=lambda c: c.abs() if c.name == "ratio" else c).index].reset_index(drop=True)
+    return frame.loc[place.sort_values(["data", "network", "_later", "method", "ratio", "_arm"], key=from_smallest).index].reset_index(drop=True)
 
 # %% ../../nbs/report/tables.ipynb #160d4836
 def missing(frame):
