@@ -124,7 +124,7 @@ def test_late_tickets_replay_the_parent(tmp_path):
     total = sum(m.numel() for m in masks.values())
     assert left == [total - int(total*(1 - .5**(k/3)) + 1e-9) for k in (1, 2, 3)]
     assert [trial.store.record(r.id)["cost"]["steps"] for r in runs["ticket"].lineage() if r.kind == "train"] == [20, 7, 13, 13, 13] # parent, to step 7, two tickets between, ticket
-    assert {what: n for what, n in trial.spent().runs.droplevel(0).items()} == {"parent": 1, "parent's first steps": 1, "pruning": 3, "between rounds": 2, "ticket": 1}
+    assert {what: n for what, n in trial.spent().runs.droplevel([0, 1]).items()} == {"parent": 1, "parent's first steps": 1, "pruning": 3, "between rounds": 2, "ticket": 1}
 
 
 def test_ids_stay():
