@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['scales', 'USUAL', 'Scale', 'Study']
 
-# %% ../../nbs/study/grid.ipynb #79ad6c0d
+# %% ../../nbs/study/grid.ipynb #0fc4e1de
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -22,7 +22,6 @@ from ..core.record import Record, check_types, remembered
 from ..methods.all import methods
 from ..methods.amounts import check_ratio
 from ..methods.base import callbacks, pruned_arch, read_request, training_options, typed
-from ..report.claims import CLAIMS
 from .compared import pair_of
 from .given import given_net, weights_digest
 from .step import DataRef
@@ -176,7 +175,13 @@ def _canonical(s:Study) -> dict:
     given = {k: typed(k, v, defaults[k]) for k, v in s.options.items()}
     return {k: v for k, v in given.items() if v != defaults[k]}
 
-# %% ../../nbs/study/grid.ipynb #be594083
+# %% ../../nbs/study/grid.ipynb #363e0a40
+def _check_claims(claims:tuple[int, ...]):
+    "Refuse numbers that no claim has"
+    from rethink_nb.report.claims import CLAIMS # brings plotly and scipy with it: a second, for studies that name claims
+    if wrong := [c for c in claims if c not in CLAIMS]: raise UserError(f"claims {wrong[0]}: the paper's claims are numbered from 1 to {len(CLAIMS)}")
+
+# %% ../../nbs/study/grid.ipynb #3fab1a91
 def _check_study(s:Study):
     "Refuse numbers that cannot be"
     _check_training(s)
@@ -186,7 +191,7 @@ def _check_study(s:Study):
     if not 0 <= s.first_seed <= 1_000_000: raise UserError(f"first_seed {s.first_seed}: give a number from 0 to 1,000,000")
     if not 0 < s.alpha < 1: raise UserError(f"alpha {s.alpha}: give a number between 0 and 1, such as 0.05 for 95 % intervals")
     if s.margin is not None and not 0 < s.margin <= 100: raise UserError(f"margin {s.margin}: give points of accuracy above 0")
-    if wrong := [c for c in s.claims if c not in CLAIMS]: raise UserError(f"claims {wrong[0]}: the paper's claims are numbered from 1 to {len(CLAIMS)}")
+    if s.claims: _check_claims(s.claims)
     if len({frozenset(pair_of(p, "primary")) for p in s.primary}) < len(s.primary): raise UserError(f"primary {', '.join(s.primary)}: one comparison stands twice")
     for p in s.primary:
         if missing := [a for a in pair_of(p, "primary") if a not in s.arms]: raise UserError(f"primary {p!r}: {missing[0]} is no arm of the study: there are {', '.join(s.arms)}")
