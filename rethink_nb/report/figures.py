@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['arm_looks', 'panelled', 'options_of', 'finish', 'fig_curves', 'fig_arms', 'fig_accuracy_cost', 'fig_widths']
 
-# %% ../../nbs/report/figures.ipynb #b3a6676d
+# %% ../../nbs/report/figures.ipynb #bee439c6
 from textwrap import wrap
 
 import pandas as pd
 import plotly.express as px
 import plotly.graph_objects as go
 import plotly.io as pio
+from fastcore.basics import listify
 
 from ..core.errors import UserError
 from .stats import done, from_smallest, level_words, spread_parents, summary
@@ -113,12 +114,18 @@ def _known(frame, column):
     numbers = [c for c in frame.select_dtypes("number") if frame[c].notna().any()]
     if column not in numbers: raise UserError(f"{'nothing is known of' if column in frame else 'there is no'} {column!r}: there are {', '.join(numbers)}")
 
-# %% ../../nbs/report/figures.ipynb #2d08e612
-def _over_seeds(frame, x, y):
-    "Mean, lowest and highest of `y` over the runs, at each epoch of an arm; the runs in words"
-    words = [f"seed {s}, {run}: {v:.2f}" for s, run, v in zip(frame.seed, frame.run, frame[y])] if frame.seed.nunique() <= 20 else ""  # a longer list fits no screen
-    keys = ["network", "net", "cut", "panel", "arm", "epoch"]
-    groups = frame.assign(words=words, at=frame[x], of=frame[y]).groupby(keys, sort=False, as_index=False)
+# %% ../../nbs/report/figures.ipynb #aa21b821
+def _measured(frame, x, columns):
+    "A row an epoch and column: where it stands (`at`), its value (`of`), and on which images it was measured (`on`)"
+    parts = dict(train="training", val="validation", test="test")
+    return pd.concat([frame.assign(at=frame[x], of=frame[c], on=parts[c.split("_")[0]]) for c in columns], ignore_index=True)
+
+# %% ../../nbs/report/figures.ipynb #a4b6c4a9
+def _over_seeds(frame):
+    "Mean, lowest and highest value over the runs, at each epoch of an arm; the runs in words"
+    words = [f"seed {s}, {run}: {v:.2f}" for s, run, v in zip(frame.seed, frame.run, frame.of)] if frame.seed.nunique() <= 20 else ""  # a longer list fits no screen
+    keys = ["network", "net", "cut", "panel", "arm", "on", "epoch"]
+    groups = frame.assign(words=words).groupby(keys, sort=False, as_index=False)
     return groups.agg(x=("at", "mean"), y=("of", "mean"), lo=("of", "min"), hi=("of", "max"), runs=("words", lambda w: "<br>".join(filter(None, w))))
 
 # %% ../../nbs/report/figures.ipynb #8b469547
@@ -130,23 +137,42 @@ def _bands(mean, options):
     fig.update_traces(fill="toself", opacity=.18, line_width=0, hoverinfo="skip", hovertemplate=None, showlegend=False)
     return fig.data
 
-# %% ../../nbs/report/figures.ipynb #b24c475a
+# %% ../../nbs/report/figures.ipynb #d4c225b9
+def _single(rows, options):
+    "A thin line per run: one trace an arm and panel, broken between runs; without a place in the legend"
+    ends = rows.groupby(["run", "net", "cut", "on"], sort=False).tail(1).assign(of=float("nan"))
+    broken = pd.concat([rows, ends]).sort_values(["run", "net", "cut", "on"], kind="stable")
+    fig = px.line(broken, x="at", y="of", color="arm", custom_data=["run", "seed", "epoch"], render_mode="svg", **options)
+    return fig.update_traces(line_width=1, opacity=.55, showlegend=False, hovertemplate="%{fullData.name}, seed %{customdata[1]}, epoch %{customdata[2]}: %{y:.2f}<br>run %{customdata[0]}<extra></extra>").data
+
+# %% ../../nbs/report/figures.ipynb #a0691729
+def _one_axis(columns):
+    "What curves show, in words; refused when accuracies and losses are asked for at once"
+    if len({c.split("_")[-1] for c in columns}) > 1: raise UserError(f"{' and '.join(columns)}: one axis shows accuracies or losses, not both")
+    if len(columns) == 1: return _words.get(columns[0], columns[0])
+    return f"{' and '.join(_words[c].split()[0] for c in columns)} {_words[columns[0]].split(maxsplit=1)[1]}"
+
+# %% ../../nbs/report/figures.ipynb #ae4aee96
 def fig_curves(curves, # the curve frame
                x="epoch", # epoch, macs or seconds (both since the start of this training)
-               y="val_acc", # any measured column
+               y="val_acc", # any measured column, or several of one kind, which are then dashed
+               each=False, # a thin line per run, where else a band shows their range
               ):
     "Mean curve and band over the seeds, a panel per network and ratio"
     if x not in _along: raise UserError(f"x must be one of {', '.join(_along)}, got {x!r}")
-    _known(curves, y)
-    mean = _over_seeds(panelled(spread_parents(curves)), x, y)
-    options = options_of(mean)
+    columns = listify(y)
+    words = _one_axis(columns)
+    for column in columns: _known(curves, column)
+    rows = _measured(panelled(spread_parents(curves)), x, columns)
+    mean = _over_seeds(rows)
+    options = options_of(mean) | (dict(line_dash="on") if len(columns) > 1 else {})
     fig = px.line(mean, x="x", y="y", color="arm", custom_data=["runs", "arm", "epoch"], render_mode="svg",
-                  labels=dict(x=_along[x], y=_words.get(y, y)), **options)
+                  labels=dict(x=_along[x], y=words), **options)
     hover = "<b>%{customdata[1]}</b>, epoch %{customdata[2]}: mean %{y:.2f}<br>%{customdata[0]}<extra></extra>"
     fig.update_traces(hovertemplate=hover)
     fig.for_each_trace(lambda t: t.update(mode="lines+markers"), lambda t: len(t.x) == 1)  # no line leads through one epoch
-    fig.add_traces(_bands(mean, options))
-    return finish(fig, f"{_title(y)}: mean over the seeds, band from lowest to highest")
+    fig.add_traces(_single(rows, options) if each else _bands(mean, options))
+    return finish(fig, f"{words[0].upper()}{words[1:]}: mean over the seeds{'' if each else ', band from lowest to highest'}")
 
 # %% ../../nbs/report/figures.ipynb #858cccff
 def fig_arms(frame, # the trial frame

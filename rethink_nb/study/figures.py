@@ -6,7 +6,7 @@
 __all__ = ['FIGURES', 'drawing', 'curves', 'arms', 'cost', 'ratios', 'latency', 'verdicts', 'widths', 'weights', 'uniform',
            'positions', 'distributions', 'gammas']
 
-# %% ../../nbs/study/figures.ipynb #ba65a3c2
+# %% ../../nbs/study/figures.ipynb #6ac36f5b
 from collections.abc import Callable
 from inspect import signature
 
@@ -19,6 +19,7 @@ from .frames import widths_frame
 from .grid import Study
 from .insides import distribution_frame, found_frame, latency_frame, positions_frame
 from .store import Store
+from .part import within # noqa: F401 (gives Trial its parts)
 from .trial import Trial
 
 # %% ../../nbs/study/figures.ipynb #280e53d3
@@ -49,12 +50,12 @@ def _options(draw:Callable) -> list[str]:
 @patch
 def figure(self:Study, kind:str="curves", store:Store | None=None, **options): return self.trial(store).figure(kind, **options)
 
-# %% ../../nbs/study/figures.ipynb #78773008
+# %% ../../nbs/study/figures.ipynb #b99eaf00
 @drawing("curves")
-def curves(t:Trial, x:str="epoch", y:str="val_acc"):
-    "Mean curve of each arm over its epochs, with the range of the seeds"
+def curves(t:Trial, x:str="epoch", y:str="val_acc", each:bool=False):
+    "Mean curve of each arm over its epochs, with the range of the seeds, or each run"
     from rethink_nb.report.figures import fig_curves
-    return fig_curves(t.curves(), x, y)
+    return fig_curves(t.curves(), x, y, each)
 
 # %% ../../nbs/study/figures.ipynb #0b137005
 @drawing("arms")
@@ -93,33 +94,33 @@ def verdicts(t:Trial):
     from rethink_nb.report.maps import fig_verdicts
     return fig_verdicts(t.verdicts())
 
-# %% ../../nbs/study/figures.ipynb #45c62283
+# %% ../../nbs/study/figures.ipynb #f6a9329f
 @drawing("widths")
 def widths(t:Trial):
     "Channels kept at each site"
     from rethink_nb.report.figures import fig_widths
-    return fig_widths(widths_frame([s for s in t.studies if s.counts != {}], t.store))
+    return fig_widths(t.within(widths_frame([s for s in t.studies if s.counts != {}], t.store)))
 
-# %% ../../nbs/study/figures.ipynb #482d145b
+# %% ../../nbs/study/figures.ipynb #770b007a
 @drawing("weights")
 def weights(t:Trial):
     "Weights kept in each layer, where single weights go"
     from rethink_nb.report.figures import fig_widths
-    return fig_widths(widths_frame([s for s in t.studies if s.counts == {}], t.store), "weights")
+    return fig_widths(t.within(widths_frame([s for s in t.studies if s.counts == {}], t.store)), "weights")
 
-# %% ../../nbs/study/figures.ipynb #7a081d49
+# %% ../../nbs/study/figures.ipynb #b22a5126
 @drawing("uniform")
 def uniform(t:Trial):
     "Widths that a method found, beside uniform ones of the same MACs"
     from rethink_nb.report.insides import fig_found
-    return fig_found(found_frame(t.studies, t.store))
+    return fig_found(t.within(found_frame(t.studies, t.store)))
 
-# %% ../../nbs/study/figures.ipynb #46100694
+# %% ../../nbs/study/figures.ipynb #97195ff2
 @drawing("positions")
 def positions(t:Trial, seeds:int=3):
     "Which places of the kernels keep their weights, where single weights go"
     from rethink_nb.report.maps import fig_positions
-    return fig_positions(positions_frame(t.studies, t.store, seeds))
+    return fig_positions(t.within(positions_frame(t.studies, t.store, seeds)))
 
 # %% ../../nbs/study/figures.ipynb #4108fde8
 @drawing("distributions")

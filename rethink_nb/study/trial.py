@@ -162,16 +162,18 @@ def beyond(self:Trial):
     from rethink_nb.report.tables import beyond_table
     return beyond_table(self.frame())
 
-# %% ../../nbs/study/trial.ipynb #6e8475f6
+# %% ../../nbs/study/trial.ipynb #4cfb1147
 @patch
-def verdicts(self:Trial):
+def verdicts(self:Trial,
+    margin:float | None=None, # in points of accuracy; None: the studies'
+):
     "One row a comparison of two arms"
     from rethink_nb.report.multiple import holm
     from rethink_nb.report.stats import verdicts
     named = dict.fromkeys(pair for *_, pair in self.primary)
     pairs = [*(p for p in comparisons({c.arm for c in self.cells}) if p[::-1] not in named or p in named), *named] # as they are named, not the other way round as well
     pairs = list(dict.fromkeys(pairs))
-    frame = verdicts(self.frame(), pairs, self.points, self.alpha)
+    frame = verdicts(self.frame(), pairs, self.points if margin is None else margin, self.alpha)
     primary = set(self.primary)
     return holm(frame, [(r.data, r.network, r.method, (r.arm_a, r.arm_b)) in primary for r in frame.itertuples()], self.alpha)
 
