@@ -5,4 +5,4 @@ from .run import execute
 from .step import Run
 from .store import Store
 from .trial import Trial, stored_trials
-from . import figures, pages, results # noqa: F401 (what a trial says of itself, and writes)
+from . import figures, pages, results, shapes # noqa: F401 (what a trial says of itself, and writes)
