@@ -43,7 +43,7 @@ def example_store() -> Store:
     with files("rethink_nb.dash").joinpath("example.tar.xz").open("rb") as f, tarfile.open(fileobj=f) as tar: tar.extractall(at, filter="data")
     return Store(at)
 
-# %% ../../nbs/dash/example.ipynb #dcd834ac
+# %% ../../nbs/dash/example.ipynb #5a71e53c
 HERE = ("runs", "demo/runs") # where results are looked for
 
 def chosen_store(
@@ -53,4 +53,4 @@ def chosen_store(
     if store is not None: return (found := store if isinstance(store, Store) else Store(store)), f"{found.path}"
     for at in HERE:
         if Path(at, "studies").is_dir(): return Store(at), at
-    return example_store(), f"the example that ships with the package, for there is no {' and no '.join(HERE)} here; `rethink-nb demo` makes results of your own in some minutes"
+    return example_store(), f"the package's example: there is no {' and no '.join(HERE)} here; rethink-nb demo makes one"

@@ -5,15 +5,14 @@
 # %% auto #0
 __all__ = ['fig_distributions', 'fig_found']
 
-# %% ../../nbs/report/insides.ipynb #f20477e7
-import pandas as pd
-import plotly.express as px
-
+# %% ../../nbs/report/insides.ipynb #07a60515
 from ..core.errors import UserError
-from .figures import finish, options_of, panelled
+from .figures import arm_looks
+from .grid import Grid, panelled, pieces
 from .stats import spread_parents
+from .tables import arm_order
 
-# %% ../../nbs/report/insides.ipynb #9c320d7e
+# %% ../../nbs/report/insides.ipynb #cac0e051
 _WHAT = {"weights": "weight", "gammas": "scaling factor of batch norm"}
 
 def fig_distributions(frame, # columns network, method, ratio, arm, value (the middle of a bin), density
@@ -22,19 +21,22 @@ def fig_distributions(frame, # columns network, method, ratio, arm, value (the m
     "A line an arm through its histogram, a panel per network, method and ratio"
     if what not in _WHAT: raise UserError(f"what must be one of {', '.join(_WHAT)}, got {what!r}")
     rows = panelled(spread_parents(frame))
-    options = options_of(rows)
-    fig = px.line(rows, x="value", y="density", color="arm", line_shape="hvh", render_mode="svg", labels=dict(value=_WHAT[what], density="density"), hover_data=dict(net=False, cut=False, panel=False), **options)
-    fig.update_traces(line_width=1.6)
-    return finish(fig, f"{'Weights' if what == 'weights' else 'Scaling factors of batch norm'}: how many lie about each value{', those that are zero left out' if what == 'weights' else ''}")
+    colors = arm_looks(arm_order(rows.arm))[0]
+    lines = [dict(type="scatter", panel=panel, name=arm, mode="lines", x=own.value.to_numpy(), y=own.density.to_numpy(), line=dict(color=colors[arm], width=1.6, shape="hvh"), hovertemplate=f"{arm}: density %{{y:.3g}} about %{{x:.3g}}<extra></extra>") for panel, (arm,), own in pieces(rows, "arm")]
+    return Grid(rows).figure(lines, f"{'Weights' if what == 'weights' else 'Scaling factors of batch norm'}: how many lie about each value{', those that are zero left out' if what == 'weights' else ''}", _WHAT[what], "density")
 
-# %% ../../nbs/report/insides.ipynb #ad4c43f4
+# %% ../../nbs/report/insides.ipynb #153054dc
 def fig_found(frame, # columns network, method, ratio, site, full, found, lo, hi (over the seeds) and uniform
              ):
     "The share of channels kept at each site, with its range over the seeds, and that of uniform widths at equal MACs, a panel per network, method and ratio"
     rows = panelled(frame)
     share = {k: 100*rows[k]/rows.full for k in ("found", "lo", "hi", "uniform")}
-    nan = float("nan")
-    long = pd.concat([rows.assign(kept=share["found"], which="found", up=share["hi"] - share["found"], down=share["found"] - share["lo"]), rows.assign(kept=share["uniform"], which="uniform", up=nan, down=nan)])
-    fig = px.line(long, x="site", y="kept", color="which", line_dash="which", error_y="up", error_y_minus="down", markers=True, render_mode="svg", labels=dict(kept="channels kept, %"),
-                  hover_data=dict(net=False, cut=False, panel=False), **(options_of(long) | dict(color_discrete_map=dict(found="#0072B2", uniform="#8c8c8c"))))
-    return finish(fig, "Channels kept: what was found, and uniform widths of the same MACs", legend="").update_yaxes(rangemode="tozero")
+    found = rows.assign(kept=share["found"], up=share["hi"] - share["found"], down=share["found"] - share["lo"])
+    reach = lambda own: dict(error_y=dict(type="data", symmetric=False, array=own.up.to_numpy(), arrayminus=own.down.to_numpy()))
+    lines = [_shares(panel, "found", own, "#0072B2", "solid") | reach(own) for panel, _, own in pieces(found)] + [_shares(panel, "uniform", own, "#8c8c8c", "dot") for panel, _, own in pieces(rows.assign(kept=share["uniform"]))]
+    return Grid(rows).figure(lines, "Channels kept: what was found, and uniform widths of the same MACs", "site", "channels kept, %", legend="", yaxis=dict(rangemode="tozero"))
+
+# %% ../../nbs/report/insides.ipynb #e6f1d33f
+def _shares(panel, name, rows, color, dash):
+    "A line through the sites"
+    return dict(type="scatter", panel=panel, name=name, mode="lines+markers", x=rows.site.to_numpy(), y=rows.kept.to_numpy(), line=dict(color=color, dash=dash), marker=dict(color=color), hovertemplate=f"%{{x}}: %{{y:.1f}} % kept ({name})<extra></extra>")

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['fig_verdicts', 'fig_positions']
 
-# %% ../../nbs/report/maps.ipynb #8b053351
+# %% ../../nbs/report/maps.ipynb #e4725b67
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from ..core.errors import UserError
-from .figures import panelled
+from .grid import panelled
 from .stats import level_words
 
 # %% ../../nbs/report/maps.ipynb #d38d39e1
