@@ -29,7 +29,7 @@ def library_notebooks():
     "Notebooks that make a module: all but experiments, guides and the pages at the root that export nothing"
     for file in sorted(NBS.rglob("*.ipynb")):
         parts = file.relative_to(NBS).parts
-        if any(part[0] in "_." for part in parts) or parts[0] in ("experiments", "guides") or parts == ("index.ipynb",): continue
+        if any(part[0] in "_." for part in parts) or parts[0] in ("experiments", "guides", "dashboards") or parts == ("index.ipynb",): continue
         yield file
 
 

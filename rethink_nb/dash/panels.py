@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['MANY', 'STYLE', 'Several', 'option_words', 'control_widget', 'Page', 'note']
 
-# %% ../../nbs/dash/panels.ipynb #74094016
+# %% ../../nbs/dash/panels.ipynb #ebe9e11b
 from collections.abc import Callable
 from html import escape
 
 from fastcore.basics import patch
-from ipywidgets import HTML, Box, Checkbox, Dropdown, FloatSlider, Layout, SelectMultiple, ToggleButton, VBox
+from ipywidgets import HTML, Box, Button, Checkbox, Dropdown, FloatSlider, Layout, SelectMultiple, ToggleButton, VBox
 from itables.widget import ITable
 
 from .plot import Plot
@@ -48,7 +48,7 @@ def fill(self:Several,
         for option, button in self.buttons.items(): button.value = option in down
     finally: self.quiet = False
 
-# %% ../../nbs/dash/panels.ipynb #ddc66a77
+# %% ../../nbs/dash/panels.ipynb #979a4c29
 @patch
 def _build(self:Several, options:list):
     "Buttons, or a list, anew"
@@ -59,14 +59,30 @@ def _build(self:Several, options:list):
     else:
         self.buttons = {o: ToggleButton(description=option_words(o), tooltip=f"{self.words}: {option_words(o)}", layout=Layout(width="auto")) for o in options}
         for button in self.buttons.values(): button.observe(self._told, "value")
-    self.children = [HTML(f"<span class='rethink-label'>{escape(self.words)}</span>"), *self.buttons.values(), *([self.list] if self.list else [])]
+    every = Button(description="all", tooltip=f"{self.words}: all; none, where all are chosen", layout=Layout(width="auto"))
+    every.on_click(lambda _: self.whole())
+    every.add_class("rethink-all")
+    self.children = [HTML(f"<span class='rethink-label'>{escape(self.words)}</span>"), *self.buttons.values(), *([self.list] if self.list else []), *([every] if len(options) > 2 else [])]
 
-# %% ../../nbs/dash/panels.ipynb #5972bca8
+# %% ../../nbs/dash/panels.ipynb #f23dd338
+@patch
+def chosen(self:Several) -> tuple | None: # None: all
+    "What is chosen"
+    found = self.list.value if self.list else tuple(o for o, b in self.buttons.items() if b.value)
+    return None if len(found) == len(self.options) else tuple(found)
+
+# %% ../../nbs/dash/panels.ipynb #0f8f0f4d
+@patch
+def whole(self:Several):
+    "Choose all; or none, where all are chosen, to begin with one"
+    now = () if self.chosen() is None else None
+    self.fill(self.options, now)
+    self.changed(now)
+
+# %% ../../nbs/dash/panels.ipynb #ea410695
 @patch
 def _told(self:Several, change):
-    if self.quiet: return
-    chosen = self.list.value if self.list else tuple(o for o, b in self.buttons.items() if b.value)
-    self.changed(None if len(chosen) == len(self.options) else tuple(chosen))
+    if not self.quiet: self.changed(self.chosen())
 
 # %% ../../nbs/dash/panels.ipynb #8330e67e
 def control_widget(
@@ -138,11 +154,15 @@ def note(
     "What stands where a view has nothing to show"
     return HTML(f"<div class='rethink-note{' rethink-bad' if bad else ''}' role='alert'>{escape(words)}</div>")
 
-# %% ../../nbs/dash/panels.ipynb #9de310b0
+# %% ../../nbs/dash/panels.ipynb #2fa8fef4
 STYLE = """<style>
 .rethink-label { display: inline-block; min-width: 64px; font-weight: 600; }
-.rethink-several .widget-toggle-button { padding: 0 9px; line-height: 24px; height: 26px; }
-.rethink-several .widget-toggle-button.mod-active, .rethink-pages .widget-toggle-button.mod-active { background: #0072B2; color: #fff; box-shadow: none; }
+.rethink-several .jupyter-button { padding: 0 9px; line-height: 24px; height: 26px; border-radius: 13px; }
+.rethink-several .rethink-all { background: transparent; text-decoration: underline; }
+.rethink-several .widget-toggle-button.mod-active { background: #0072B2; color: #fff; box-shadow: none; }
+.rethink-pages { margin-top: 10px; border-bottom: 1px solid var(--jp-border-color1, #bbb); }
+.rethink-pages .jupyter-button { background: transparent; border-radius: 0; padding: 0 12px; }
+.rethink-pages .jupyter-button.mod-active { box-shadow: inset 0 -3px #0072B2; font-weight: 600; color: inherit; }
 .rethink-dash button:focus-visible, .rethink-dash select:focus-visible, .rethink-dash input:focus-visible { outline: 2px solid #E69F00; outline-offset: 1px; }
 .rethink-head { font-size: 17px; font-weight: 600; }
 .rethink-what, .rethink-where { color: var(--jp-ui-font-color2, #555); }

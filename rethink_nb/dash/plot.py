@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['Plot']
 
-# %% ../../nbs/dash/plot.ipynb #d7098bb3
+# %% ../../nbs/dash/plot.ipynb #0515a4b6
 import json
 from collections import Counter
 from collections.abc import Callable
 from functools import cache
+from hashlib import sha1
 
 from anywidget import AnyWidget
 from fastcore.basics import patch
@@ -18,7 +19,7 @@ from traitlets import Unicode
 
 from ..report.points import points_frame
 
-# %% ../../nbs/dash/plot.ipynb #c73fe5e4
+# %% ../../nbs/dash/plot.ipynb #50073f82
 _JS = """
 const KEY = "rethink_nb: plotly.js"
 
@@ -47,7 +48,7 @@ const dark = () => document.body.dataset.jpThemeLight === "false"
 
 function lighter(color) { // what is dark on dark, in its own hue
   const [r, g, b] = [1, 3, 5].map(i => parseInt(color.slice(i, i + 2), 16))
-  if (r === g && g === b) return "#" + (255 - Math.round(r * .86)).toString(16).padStart(2, "0").repeat(3) // greys change places
+  if (Math.max(r, g, b) - Math.min(r, g, b) < 12) return "#" + (255 - Math.round(r * .86)).toString(16).padStart(2, "0").repeat(3) // greys change places
   const light = (.3*r + .59*g + .11*b)/255
   if (light > .42) return color
   const part = (.42 - light)/(1 - light)
@@ -56,7 +57,7 @@ function lighter(color) { // what is dark on dark, in its own hue
 
 function darkened(x) {
   if (typeof x === "string") return /^#[0-9a-fA-F]{6}$/.test(x) ? lighter(x) : /^#[0-9a-fA-F]{3}$/.test(x) ? lighter("#" + [...x.slice(1)].map(c => c + c).join("")) : x === "white" ? "#242424" : x
-  if (Array.isArray(x)) return x.length && typeof x[0] === "number" ? x : x.map(darkened)
+  if (Array.isArray(x)) return x.length && typeof x[x.length - 1] === "number" ? x : x.map(darkened)
   if (x && typeof x === "object") return "bdata" in x ? x : Object.fromEntries(Object.entries(x).map(([k, v]) => [k, darkened(v)]))
   return x
 }
@@ -174,13 +175,13 @@ def show(self:Plot,
         self.figure = "{}" if fig is None else _text(fig, keep)
     return self
 
-# %% ../../nbs/dash/plot.ipynb #63d3a6cd
+# %% ../../nbs/dash/plot.ipynb #8f650900
 def _text(fig, keep:str) -> str:
     "A figure as JSON; its traces keep their names, so that what was done to one in the legend stays with it"
     content, seen = json.loads(fig.to_json()), Counter()
     for t in content["data"]:
         own = "/".join(str(t.get(k, "")) for k in ("type", "name", "xaxis", "yaxis", "mode", "fill"))
-        t["uid"] = f"{own}/{seen[own]}"
+        t["uid"] = f"t{sha1(f'{own}/{seen[own]}'.encode()).hexdigest()[:12]}" # plotly makes a CSS class of it
         seen[own] += 1
     content["layout"]["uirevision"] = keep
     return json.dumps(content)

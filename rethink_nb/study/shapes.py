@@ -38,12 +38,12 @@ class Shape:
     @property
     def label(self) -> str: return f"{self.method} {level_words(self.ratio)}"
 
-# %% ../../nbs/study/shapes.ipynb #75a25ca7
+# %% ../../nbs/study/shapes.ipynb #e42fe1a5
 @patch
 def shapes(self:Trial) -> list[Shape]:
-    "What was pruned, by method, ratio and seed; single weights leave the architecture as it is"
+    "What was pruned, by method, ratio and seed, where channels went: single weights leave the architecture as it is"
     have = {(c.data, c.network, c.method, c.ratio, c.seed) for c in self.cells}
-    asked = [(s, ratio, seed) for s in self.studies for ratio in s.levels for seed in s.replicates if (s.data, s.network, s.way, ratio, seed) in have]
+    asked = [(s, ratio, seed) for s in self.studies if s.counts != {} for ratio in s.levels for seed in s.replicates if (s.data, s.network, s.way, ratio, seed) in have]
     found = {}
     for s, ratio, seed in asked:
         run = s.prune_run(s.method, ratio, seed)
