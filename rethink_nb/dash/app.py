@@ -46,7 +46,8 @@ class Dashboard(VBox):
         self.go(self.pages.value)
         self.watch = _started(self._again())
 
-# %% ../../nbs/dash/app.ipynb #5b4a3c3a
+# %% ../../nbs/dash/app.ipynb #b0d79d43
+_UNASKED = dict(architectures=("arms",)) # what a dashboard does not ask for: arms share their architectures
 _TITLES = dict(architectures="What pruning made of the networks", curves="Trainings, epoch by epoch", verdicts="The weights, or only the architecture?")
 
 @patch
@@ -62,7 +63,7 @@ def _bar(self:Dashboard):
         w.observe(lambda change, k=k: self.choose(**{k: change["new"]}), "value")
     for k, w in self.some.items(): w.add_class(f"rethink-{k}")
     self.ones = Box(list(self.one.values()), layout=Layout(flex_flow="row wrap"))
-    self.several = VBox(list(self.some.values()))
+    self.several = VBox([w for k, w in self.some.items() if k not in _UNASKED.get(self.board, ())])
 
 # %% ../../nbs/dash/app.ipynb #1b691acd
 @patch

@@ -15,7 +15,7 @@ from ..core.errors import UserError
 from .grid import panelled
 from .stats import level_words
 
-# %% ../../nbs/report/maps.ipynb #d38d39e1
+# %% ../../nbs/report/maps.ipynb #0c4aa28c
 _VERDICTS = {"worse": "#D55E00", "undecided": "#F2F2F2", "equivalent": "#7FBFA5", "better": "#0072B2"}
 
 def fig_verdicts(frame, # of `verdicts`
@@ -32,7 +32,7 @@ def fig_verdicts(frame, # of `verdicts`
     fig.for_each_annotation(lambda a: a.update(font_size=13))
     fig.update_yaxes(autorange="reversed", automargin=True).update_xaxes(type="category")
     for verdict, color in _VERDICTS.items(): fig.add_trace(go.Scatter(x=[None], y=[None], mode="markers", name=verdict, marker=dict(color=color, symbol="square", size=12, line=dict(color="#888", width=1))))
-    return fig.update_layout(template="rethink", height=(130 + 34*len(kinds))*deep + 90, title="Verdicts: the first arm against the second, difference in points", legend=dict(orientation="h", y=-.05, yanchor="top"), margin_t=110)
+    return fig.update_layout(template="rethink", height=(130 + 34*len(kinds))*deep + 90, title="Verdicts: the first arm against the second, difference in points", legend=dict(orientation="h", y=0, yref="container", yanchor="bottom"), margin=dict(t=110, b=80))
 
 # %% ../../nbs/report/maps.ipynb #99a7a507
 def _verdict_cells(rows, kinds):
