@@ -199,6 +199,22 @@ def test_what_is_saved(page, at, tmp_path):
     assert "trial.figure('curves'" in page.locator(".rethink-plot-code").inner_text()
 
 
+def test_follow_shows_what_comes(page, at, tmp_path):
+    "Read anew every ten seconds, while somebody looks"
+    state = opened(page, at, "verdicts")
+    press(page, "What is missing")
+    said = lambda words: words in page.locator(".rethink-dash").inner_text()
+    wait_for(lambda: said("have a result"), "not all there")
+    run = next(c.run.id for c in state.trial().cells if c.arm == "scratch-b")
+    shutil.move(at[0]/"runs"/run, tmp_path/"kept")
+    try:
+        press(page, "Follow")
+        wait_for(lambda: said("1 missing"), "what went was not noticed", 40)
+        assert said("rethink-nb run l1")
+    finally: shutil.move(tmp_path/"kept", at[0]/"runs"/run)
+    wait_for(lambda: said("have a result"), "what came was not noticed", 40)
+
+
 def test_by_keys_alone(page, at):
     "Tab comes to a choice, space changes it"
     state = opened(page, at, "curves")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FOLLOW', 'Dashboard', 'architectures', 'curves', 'verdicts']
 
-# %% ../../nbs/dash/app.ipynb #a90cc36b
+# %% ../../nbs/dash/app.ipynb #72821453
 import asyncio
 from html import escape
 from pathlib import Path
@@ -18,12 +18,12 @@ import rethink_nb.dash.answers # noqa: F401 (registers its views)
 import rethink_nb.dash.networks # noqa: F401 (registers its views)
 import rethink_nb.dash.training # noqa: F401 (registers its views)
 from ..core.errors import UserError
-from .panels import STYLE, Page, Several, control_widget, note
+from .panels import STYLE, Page, Several, control_widget, given_up, note
 from .state import ONE, SEVERAL, State
 from .views import CLICKS, VIEWS, View
 from ..study.store import Store
 
-# %% ../../nbs/dash/app.ipynb #b3dba1f6
+# %% ../../nbs/dash/app.ipynb #0897bbad
 class Dashboard(VBox):
     "Choices above, a view below"
     def __init__(self,
@@ -40,7 +40,7 @@ class Dashboard(VBox):
         self.pages = ToggleButtons(options=list(self.views), value=view or next(iter(self.views)), style=dict(button_width="auto"))
         self.pages.add_class("rethink-pages")
         self.pages.observe(lambda change: self.go(change["new"]), "value")
-        super().__init__([HTML(STYLE), self.head, self.ones, self.several, self.pages, self.what, self.controls, self.page])
+        super().__init__([HTML(STYLE), self.head, self.ones, self.several, self.pages, self.what, self.controls, self.page], _view_count=0) # a page that shows it counts up
         self.add_class("rethink-dash")
         self.refill()
         self.go(self.pages.value)
@@ -112,7 +112,7 @@ def go(self:Dashboard,
 @patch(as_prop=True)
 def view(self:Dashboard) -> View: return self.views[self.pages.value]
 
-# %% ../../nbs/dash/app.ipynb #be130989
+# %% ../../nbs/dash/app.ipynb #8cd2b85e
 @patch
 def draw(self:Dashboard):
     "Draw the view as things stand; what goes wrong in it stands in its place"
@@ -123,19 +123,20 @@ def draw(self:Dashboard):
         if self.state.empty: raise UserError(self.state.empty)
         keep = " ".join(str(x) for c, x in values.items() if c in ("x", "y", "value", "site", "network"))
         self.page.show(v.draw(self.state, **values), v.name, f"{self.state.chosen['network']} {keep}", self.state.code(v.code(**values)) if v.code else "")
-    except UserError as e: self.page.children = [note(str(e))]
-    except Exception as e: self.page.children = [note(f"This view cannot be drawn ({type(e).__name__}: {e}). The others can; `rethink-nb report` names damaged runs.", bad=True)]
+    except UserError as e: self.page.put([note(str(e))])
+    except Exception as e: self.page.put([note(f"This view cannot be drawn ({type(e).__name__}: {e}). The others can; `rethink-nb report` names damaged runs.", bad=True)])
     self.what.value = f"<span class='rethink-what'>{escape(v.what)}</span>"
     self.took = perf_counter() - began
 
-# %% ../../nbs/dash/app.ipynb #af565852
+# %% ../../nbs/dash/app.ipynb #fe3e2d76
 @patch
 def _controls(self:Dashboard, v:View, values:dict):
     "The view's own controls; left as they are where nothing of them has changed, so that the one in hand keeps its focus"
     made = [(v.name, c.name, c.choices(self.state) if c.options else c.scale(self.state) if c.span else None, values.get(c.name)) for c in v.controls] if values else []
     if made == getattr(self, "made", None): return
-    self.made = made
+    self.made, before = made, self.controls.children
     self.controls.children = [control_widget(c, self.state, values[c.name], lambda new, name=c.name: self._told(v.name, name, new)) for c in v.controls] if values else []
+    given_up(before)
 
 # %% ../../nbs/dash/app.ipynb #a5512e69
 @patch
@@ -153,7 +154,7 @@ def _clicked(self:Dashboard, point:dict):
     except UserError: at = None
     if at: self.go(at[0], **at[1])
 
-# %% ../../nbs/dash/app.ipynb #bdee6c19
+# %% ../../nbs/dash/app.ipynb #df410cb8
 FOLLOW = 10. # seconds
 
 @patch
@@ -164,7 +165,7 @@ async def _again(self:Dashboard):
         await asyncio.sleep(1.)
         since += 1.
         every = FOLLOW if self.follow.value else self.view.every
-        if not every or since < every: continue
+        if not every or since < every or not self._view_count: continue # nobody looks
         since = 0.
         self.reload() if self.follow.value else self.draw()
 

@@ -19,7 +19,7 @@ from traitlets import Unicode
 
 from ..report.points import points_frame
 
-# %% ../../nbs/dash/plot.ipynb #50073f82
+# %% ../../nbs/dash/plot.ipynb #5ad0b1b3
 _JS = """
 const KEY = "rethink_nb: plotly.js"
 
@@ -94,14 +94,22 @@ export default {
     }
     button("SVG", "Save this figure as SVG", () => image("svg"))
     button("PNG", "Save this figure as PNG", () => image("png"))
-    button("CSV", "Save the numbers of this figure as CSV", () => model.send({kind: "csv"}))
+    let asked = false // by this view, where there are several
+    button("CSV", "Save the numbers of this figure as CSV", () => { asked = true; model.send({kind: "csv"}) })
     const code = button("Python", "Show the Python that makes this figure, and copy it", () => {
       text.hidden = !text.hidden
       code.setAttribute("aria-expanded", !text.hidden)
       if (!text.hidden) navigator.clipboard?.writeText(model.get("code")).catch(() => {})
     })
     code.setAttribute("aria-expanded", "false")
-    model.on("msg:custom", msg => { if (msg.kind === "csv") saved(`${model.get("name")}.csv`, URL.createObjectURL(new Blob([msg.text], {type: "text/csv"}))) })
+    const told = msg => {
+      if (msg.kind !== "csv" || !asked) return
+      asked = false
+      const url = URL.createObjectURL(new Blob([msg.text], {type: "text/csv"}))
+      saved(`${model.get("name")}.csv`, url)
+      setTimeout(() => URL.revokeObjectURL(url), 10000)
+    }
+    model.on("msg:custom", told)
     let heard = false
     const draw = async () => {
       const fig = plain()
@@ -126,6 +134,7 @@ export default {
     theme.observe(document.body, {attributes: true, attributeFilter: ["data-jp-theme-light"]})
     return () => {
       model.off("change:figure", draw)
+      model.off("msg:custom", told)
       resized.disconnect()
       theme.disconnect()
       Plotly.purge(at)
