@@ -18,7 +18,7 @@ from .trial import Trial
 # %% ../../nbs/study/part.ipynb #fee487ed
 _CHOSEN = dict(methods="method", ratios="ratio", arms="arm", seeds="seed") # by what a part is chosen: columns of the frame
 
-# %% ../../nbs/study/part.ipynb #ff25bdd3
+# %% ../../nbs/study/part.ipynb #8eb19d2b
 @patch
 def only(self:Trial,
     methods:Iterable[str] | None=None, # as the studies name them; None: all
@@ -29,7 +29,7 @@ def only(self:Trial,
     "The part with these methods, ratios, arms and seeds, as the store stands now"
     whole, wanted = self.still(), {column: set(values) for column, values in zip(_CHOSEN.values(), (methods, ratios, arms, seeds)) if values is not None}
     now = copy(whole)
-    now.__dict__.pop("runs", None)
+    for known in ("runs", "_shapes"): now.__dict__.pop(known, None) # of the whole
     now.cells = [c for c in whole.cells if all(getattr(c, k) in v or k == "ratio" and c.arm == "parent" for k, v in wanted.items())]
     if not now.cells: raise UserError(f"nothing is left of the trial: {_said(whole, wanted)}")
     now.studies = [s for s in whole.studies if (s.data, s.network, s.way) in {(c.data, c.network, c.method) for c in now.cells}]

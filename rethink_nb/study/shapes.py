@@ -38,10 +38,11 @@ class Shape:
     @property
     def label(self) -> str: return f"{self.method} {level_words(self.ratio)}"
 
-# %% ../../nbs/study/shapes.ipynb #e42fe1a5
+# %% ../../nbs/study/shapes.ipynb #4a47cec6
 @patch
 def shapes(self:Trial) -> list[Shape]:
     "What was pruned, by method, ratio and seed, where channels went: single weights leave the architecture as it is"
+    if "_shapes" in self.__dict__: return self._shapes
     have = {(c.data, c.network, c.method, c.ratio, c.seed) for c in self.cells}
     asked = [(s, ratio, seed) for s in self.studies if s.counts != {} for ratio in s.levels for seed in s.replicates if (s.data, s.network, s.way, ratio, seed) in have]
     found = {}
@@ -49,6 +50,7 @@ def shapes(self:Trial) -> list[Shape]:
         run = s.prune_run(s.method, ratio, seed)
         done = self.store.done(run)
         if (s.known or done) and run.id not in found: found[run.id] = Shape(s.way, ratio, seed, s.base, s.small(ratio) if s.known else self.store.arch(run.id), run.id, done)
+    if "frame" in self.__dict__: self._shapes = list(found.values()) # it stands still (`Trial.still`), so they will be the same
     return list(found.values())
 
 # %% ../../nbs/study/shapes.ipynb #1c1841bb
