@@ -343,7 +343,7 @@ def report(
     made = write_results(trials, folder(page.parent, "out"), page.stem, file.title if file else "", inside=inside, latency=latency)
     print(*(t.summary() for t in trials), "\n".join(f"{what:<9} {path}" for what, path in made.items()), sep="\n\n")
 
-# %% ../nbs/cli.ipynb #709ccd68
+# %% ../nbs/cli.ipynb #bf547532
 @command
 @call_parse
 def dash(
@@ -359,7 +359,9 @@ def dash(
     from rethink_nb.dash.pages import lab_command, start, write_dashboard
     if store and not Path(store).is_dir(): raise UserError(f"store {store}: {'a file, not a folder' if Path(store).exists() else 'no such folder'}")
     if not 1 <= port <= 65535: raise UserError(f"port {port}: give a number from 1 to 65535")
-    start(lab_command(write_dashboard(board, store, folder(out, "out")), port, not no_browser, voila))
+    words = lab_command(folder(out, "out")/f"{board}.ipynb", port, not no_browser, voila)
+    write_dashboard(board, store, out)
+    start(words)
 
 # %% ../nbs/cli.ipynb #d8c6b779
 def main(argv:list[str] | None=None) -> int: # exit code

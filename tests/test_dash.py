@@ -88,14 +88,47 @@ def test_what_is_missing_is_named(hurt):
     assert lines[-1].startswith("rethink-nb run l1 ") and str(hurt.path) in lines[-1]
 
 
-def test_a_damaged_record_takes_one_view_down_and_says_which(tmp_path):
+def test_a_damaged_record_is_named_and_the_rest_shown(tmp_path):
     store = a_copy(tmp_path/"runs")
     id = State(store, network="vgg-digits", methods=["l1"], arms=["scratch-b"]).trial().cells[0].run.id
     (store/id/"record.json").write_text("{ half")
     d = dash.curves(Store(store.path), network="vgg-digits")
-    assert id in d.page.children[0].value and "role='alert'" in d.page.children[0].value
-    d.choose(network=next(n for n in d.state.options("network") if n != "vgg-digits"))
-    assert type(d.page.children[0]).__name__ == "Plot" # the other network is not touched by it
+    assert type(d.page.children[0]).__name__ == "Plot" and id not in d.page.plots[0].figure
+    words, lost, *_ = shown("verdicts", "What is missing", State(store, network="vgg-digits"))
+    assert "1 damaged" in words and lost.run.tolist() == [id] and "damaged" in lost.error[0]
+
+
+def test_a_study_that_cannot_be_read_is_named_on_every_view(tmp_path):
+    store = a_copy(tmp_path/"runs")
+    study = sorted((store/"studies").glob("*.json"))[0]
+    study.write_text("{ half")
+    d = dash.verdicts(Store(store.path))
+    assert study.name in d.page.children[0].value
+
+
+def test_a_store_that_is_away_for_a_moment_is_shown_again(tmp_path):
+    store = a_copy(tmp_path/"runs")
+    d = dash.curves(Store(store.path), network="vgg-digits", methods=["l1"])
+    shutil.move(store/"studies", tmp_path/"away")
+    d.reload()
+    assert "holds no study" in d.page.children[0].value
+    shutil.move(tmp_path/"away", store/"studies")
+    d.reload()
+    assert type(d.page.children[0]).__name__ == "Plot" and d.state.chosen["methods"] == ("l1",)
+
+
+def test_seeds_that_are_not_chosen_are_in_no_figure():
+    for name in ("Widths", "Weights", "Places in kernels", "Found and uniform", "Sizes"):
+        each = {str(texts(shown("architectures", name, State(network="vgg-digits", methods=["slimming", "magnitude"], seeds=s)))) for s in ([0], [1], [2], None)}
+        assert len(each) >= (1 if name == "Weights" else 3), name # magnitude keeps as many in each layer, whatever the seed, or nearly
+
+
+def test_a_store_that_was_only_begun_says_so(tmp_path):
+    store = a_copy(tmp_path/"runs")
+    for at in store.path.glob("*/record.json"): shutil.rmtree(at.parent)
+    for board, name in EVERY:
+        try: shown(board, name, State(Store(store.path), network="vgg-digits"))
+        except UserError as e: assert "None" not in str(e), (board, name, e)
 
 
 def test_a_view_that_breaks_leaves_the_others(monkeypatch):

@@ -23,7 +23,7 @@ from .state import ONE, SEVERAL, State
 from .views import CLICKS, VIEWS, View
 from ..study.store import Store
 
-# %% ../../nbs/dash/app.ipynb #0897bbad
+# %% ../../nbs/dash/app.ipynb #68fffb6f
 class Dashboard(VBox):
     "Choices above, a view below"
     def __init__(self,
@@ -40,7 +40,7 @@ class Dashboard(VBox):
         self.pages = ToggleButtons(options=list(self.views), value=view or next(iter(self.views)), style=dict(button_width="auto"))
         self.pages.add_class("rethink-pages")
         self.pages.observe(lambda change: self.go(change["new"]), "value")
-        super().__init__([HTML(STYLE), self.head, self.ones, self.several, self.pages, self.what, self.controls, self.page], _view_count=0) # a page that shows it counts up
+        super().__init__([HTML(STYLE), self.head, self.ones, self.several, self.pages, self.what, self.controls, self.page], _view_count=0) # JupyterLab counts the places in which it is shown
         self.add_class("rethink-dash")
         self.refill()
         self.go(self.pages.value)
@@ -74,7 +74,7 @@ def choose(self:Dashboard, **changes):
     self.refill()
     self.draw()
 
-# %% ../../nbs/dash/app.ipynb #b83169cc
+# %% ../../nbs/dash/app.ipynb #1813e2ed
 @patch
 def refill(self:Dashboard):
     "The bar as the state has it"
@@ -83,18 +83,20 @@ def refill(self:Dashboard):
         for k, w in self.one.items():
             options = self.state.options(k)
             if list(w.options) != options: w.options = options
-            w.value = self.state.chosen[k]
+            w.value = self.state.chosen[k] if options else None
             w.layout.display = "none" if k == "scale" and len(options) < 2 else None
         for k, w in self.some.items(): w.fill(self.state.options(k), self.state.chosen[k])
     finally: self.filling = False
     self.title.value = f"<span class='rethink-head'>{_TITLES[self.board]}</span> &ensp;<span class='rethink-where'>{escape(self.state.words)}</span>"
 
-# %% ../../nbs/dash/app.ipynb #3780e852
+# %% ../../nbs/dash/app.ipynb #caaae3d0
 @patch
 def reload(self:Dashboard):
-    "Read the store anew"
-    self.state.reload()
-    self.refill()
+    "Read the store anew; where it cannot be read just now, that is said, and nothing else changes"
+    try:
+        self.state.reload()
+        self.refill()
+    except UserError as e: return self.page.put([note(str(e))])
     self.draw()
 
 # %% ../../nbs/dash/app.ipynb #f68aa9aa
@@ -112,7 +114,7 @@ def go(self:Dashboard,
 @patch(as_prop=True)
 def view(self:Dashboard) -> View: return self.views[self.pages.value]
 
-# %% ../../nbs/dash/app.ipynb #8cd2b85e
+# %% ../../nbs/dash/app.ipynb #efc23b6d
 @patch
 def draw(self:Dashboard):
     "Draw the view as things stand; what goes wrong in it stands in its place"
@@ -122,7 +124,7 @@ def draw(self:Dashboard):
         self._controls(v, values)
         if self.state.empty: raise UserError(self.state.empty)
         keep = " ".join(str(x) for c, x in values.items() if c in ("x", "y", "value", "site", "network"))
-        self.page.show(v.draw(self.state, **values), v.name, f"{self.state.chosen['network']} {keep}", self.state.code(v.code(**values)) if v.code else "")
+        self.page.show([*self.state.left_out, *v.draw(self.state, **values)], v.name, f"{self.state.chosen['network']} {keep}", self.state.code(v.code(**values)) if v.code else "")
     except UserError as e: self.page.put([note(str(e))])
     except Exception as e: self.page.put([note(f"This view cannot be drawn ({type(e).__name__}: {e}). The others can; `rethink-nb report` names damaged runs.", bad=True)])
     self.what.value = f"<span class='rethink-what'>{escape(v.what)}</span>"
@@ -146,15 +148,15 @@ def _told(self:Dashboard, view:str, name:str, new):
     self.made = [(v, n, options, new if (v, n) == (view, name) else value) for v, n, options, value in self.made]
     self.draw()
 
-# %% ../../nbs/dash/app.ipynb #45e90f7b
+# %% ../../nbs/dash/app.ipynb #d124a8aa
 @patch
 def _clicked(self:Dashboard, point:dict):
     "A click in a figure leads on, where its dashboard says to what"
     try: at = CLICKS[self.board](self.state, point) if self.board in CLICKS else None
-    except UserError: at = None
+    except Exception: at = None # a click that leads nowhere
     if at: self.go(at[0], **at[1])
 
-# %% ../../nbs/dash/app.ipynb #df410cb8
+# %% ../../nbs/dash/app.ipynb #fb9cde09
 FOLLOW = 10. # seconds
 
 @patch
@@ -167,7 +169,16 @@ async def _again(self:Dashboard):
         every = FOLLOW if self.follow.value else self.view.every
         if not every or since < every or not self._view_count: continue # nobody looks
         since = 0.
-        self.reload() if self.follow.value else self.draw()
+        try: self.reload() if self.follow.value else self.draw()
+        except Exception as e: self.page.put([note(f"Reading on, though this went wrong just now: {type(e).__name__}: {e}", bad=True)])
+
+# %% ../../nbs/dash/app.ipynb #0a0717be
+@patch
+def close(self:Dashboard):
+    "End it: nothing is drawn again"
+    if self.watch: self.watch.cancel()
+    given_up([*self.page.plots, *self.page.children, *self.controls.children])
+    VBox.close(self)
 
 # %% ../../nbs/dash/app.ipynb #21048f99
 def _started(work):

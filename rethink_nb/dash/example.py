@@ -50,11 +50,12 @@ def here() -> str:
     "The first folder here that has results; empty: there is none"
     return next((at for at in HERE if Path(at, "studies").is_dir()), "")
 
-# %% ../../nbs/dash/example.ipynb #6a70c64a
+# %% ../../nbs/dash/example.ipynb #ef4d56df
 def chosen_store(
     store:Store | str | Path | None=None, # None: the first that is here, or the example
 ) -> tuple[Store, str]: # and a line that says which
     "The store that a dashboard opens"
+    if store is not None and not isinstance(store, (Store, str, Path)): raise UserError(f"store {store!r}: give the folder of a store")
     if store is not None: return (found := store if isinstance(store, Store) else Store(store)), f"{found.path}"
     if at := here(): return Store(at), at
     return example_store(), f"the package's example, as there is no {' and no '.join(HERE)} here"

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['dashboards_folder', 'dashboards', 'write_dashboard', 'lab_command', 'start']
 
-# %% ../../nbs/dash/pages.ipynb #1b5a4d36
+# %% ../../nbs/dash/pages.ipynb #651b4aee
 import json, os, sys
 from pathlib import Path
 
 import rethink_nb
 from ..core.errors import UserError
 from ..core.files import write_text
+from ..core.record import read_json
 from .example import here
 
 # %% ../../nbs/dash/pages.ipynb #5ad6927c
@@ -25,24 +26,23 @@ def dashboards() -> list[str]:
     "Names of the dashboards"
     return sorted(p.stem for p in dashboards_folder().glob("[!_.]*.ipynb"))
 
-# %% ../../nbs/dash/pages.ipynb #155b5108
+# %% ../../nbs/dash/pages.ipynb #70ccea22
 def write_dashboard(
     board:str, # architectures, curves or verdicts
     store:str, # folder of results; empty: the one that is here, or the package's example
     folder, # for the notebook
 ) -> Path: # the notebook
-    "Put a dashboard's notebook in a folder, on a store; one that is there for that store stays as it is"
+    "Put a dashboard's notebook in a folder, on a store; of one that is there, only the store is changed"
     if board not in dashboards(): raise UserError(f"there is no dashboard {board!r}: there are {', '.join(dashboards())}")
-    nb = json.loads((dashboards_folder()/f"{board}.ipynb").read_text(encoding="utf-8"))
-    cell = next(c for c in nb["cells"] if "parameters" in c["metadata"].get("tags", []))
+    path = Path(folder)/f"{board}.ipynb"
+    nb = read_json(path if path.is_file() else dashboards_folder()/f"{board}.ipynb")
+    cell = next((c for c in nb.get("cells", []) if "parameters" in c.get("metadata", {}).get("tags", [])), None)
+    if cell is None: raise UserError(f"{path} has no cell tagged parameters: move it, or name another folder with --out")
     at = store or here() # a notebook runs in its own folder, and finds no other's
     cell["source"] = [f"store = {(str(Path(at).resolve()) if at else '')!r} # folder of results; empty: `runs` or `demo/runs` here, or the package's example"]
-    path = Path(folder)/f"{board}.ipynb"
-    if path.is_file() and cell["source"][0].split(" #")[0] in path.read_text(encoding="utf-8"): return path
-    if path.is_file(): raise UserError(f"{path} is there, and on another store: move it, or name another folder with --out")
     return write_text(path, json.dumps(nb, indent=1, ensure_ascii=False) + "\n")
 
-# %% ../../nbs/dash/pages.ipynb #2cb5cbc1
+# %% ../../nbs/dash/pages.ipynb #37005c27
 def lab_command(
     notebook:Path,
     port:int=8888,
@@ -54,7 +54,8 @@ def lab_command(
     program = there/("voila" if voila else "jupyter-lab")
     if not program.exists(): raise UserError("voila is not installed: pip install 'rethink_nb[dash]'" if voila else f"jupyter-lab is not beside {sys.executable}: pip install jupyterlab")
     if voila: return [str(program), str(notebook), f"--port={port}", "--template=lab", "--strip_sources=True", *([] if browser else ["--no-browser"])]
-    return [str(program), str(notebook), f"--ServerApp.port={port}", *([] if browser else ["--no-browser"])]
+    root = ["--allow-root"] if hasattr(os, "geteuid") and os.geteuid() == 0 else [] # as in a container; Jupyter refuses else
+    return [str(program), str(notebook), f"--ServerApp.port={port}", *root, *([] if browser else ["--no-browser"])]
 
 # %% ../../nbs/dash/pages.ipynb #a1c6d1b6
 def start(words:list[str]):

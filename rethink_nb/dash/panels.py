@@ -55,7 +55,7 @@ def fill(self:Several,
         for option, button in self.buttons.items(): button.value = option in down
     finally: self.quiet = False
 
-# %% ../../nbs/dash/panels.ipynb #b198bb34
+# %% ../../nbs/dash/panels.ipynb #b5ae8ae6
 @patch
 def _build(self:Several, options:list):
     "Buttons, or a list, anew"
@@ -67,7 +67,7 @@ def _build(self:Several, options:list):
     else:
         self.buttons = {o: ToggleButton(description=option_words(o), tooltip=f"{self.words}: {option_words(o)}", layout=Layout(width="auto")) for o in options}
         for button in self.buttons.values(): button.observe(self._told, "value")
-    every = Button(description="all", tooltip=f"{self.words}: all; none, where all are chosen", layout=Layout(width="auto"))
+    every = Button(description="all", tooltip=f"{self.words}: all; or one, where all are chosen", layout=Layout(width="auto"))
     every.on_click(lambda _: self.whole())
     every.add_class("rethink-all")
     self.children = [HTML(f"<span class='rethink-label'>{escape(self.words)}</span>"), *self.buttons.values(), *([self.list] if self.list else []), *([every] if len(options) > 2 else [])]
@@ -80,11 +80,11 @@ def chosen(self:Several) -> tuple | None: # None: all
     found = self.list.value if self.list else tuple(o for o, b in self.buttons.items() if b.value)
     return None if len(found) == len(self.options) else tuple(found)
 
-# %% ../../nbs/dash/panels.ipynb #0f8f0f4d
+# %% ../../nbs/dash/panels.ipynb #cd134113
 @patch
 def whole(self:Several):
-    "Choose all; or none, where all are chosen, to begin with one"
-    now = () if self.chosen() is None else None
+    "Choose all; or the first, where all are chosen"
+    now = (self.options[0],) if self.chosen() is None else None
     self.fill(self.options, now)
     self.changed(now)
 
@@ -111,16 +111,16 @@ def control_widget(
     w.add_class(f"rethink-control-{c.name}")
     return w
 
-# %% ../../nbs/dash/panels.ipynb #a52e99e0
+# %% ../../nbs/dash/panels.ipynb #b3ff619e
 class Page(VBox):
     "Shows what views give"
     def __init__(self,
         clicked:Callable[[dict], None]=lambda point: None, # is told of clicks in figures
     ):
-        self.plots, self.act = [], clicked
+        self.plots, self.act, self.held = [], clicked, [] # what is shown besides figures, and its widgets
         super().__init__()
 
-# %% ../../nbs/dash/panels.ipynb #002871a6
+# %% ../../nbs/dash/panels.ipynb #8ba68970
 @patch
 def show(self:Page,
     parts:list, # figures, DataFrames, lines
@@ -133,16 +133,25 @@ def show(self:Page,
     while len(self.plots) < len(figures): self.plots.append(self._plot())
     plots = [plot.show(fig, f"{name} {i} {keep}", code, f"{name} {i + 1}".removesuffix(" 1").replace(" ", "-").lower()) for i, (plot, fig) in enumerate(zip(self.plots, figures))]
     left = iter(plots)
-    found = [next(left) if any(p is f for f in figures) else HTML(_line(p)) if isinstance(p, str) else _table(p, name) for p in parts]
-    bare = [HTML(f"<details class='rethink-code'><summary>Python</summary><pre>{escape(code)}</pre></details>")] if code and not figures else []
-    self.put([*found, *bare])
+    bare = [f"<details class='rethink-code'><summary>Python</summary><pre>{escape(code)}</pre></details>"] if code and not figures else []
+    self.put([next(left) if any(p is f for f in figures) else self._held(p, name) for p in [*parts, *bare]])
 
-# %% ../../nbs/dash/panels.ipynb #7c2ba352
+# %% ../../nbs/dash/panels.ipynb #6f7cdd68
+@patch
+def _held(self:Page, part, name:str):
+    "The widget of a line or a table: the one that is there, where it says the same, so that a page of a table that was turned to, or a search, is not lost"
+    for before, widget in self.held:
+        if widget in self.children and (before == part if isinstance(part, str) and isinstance(before, str) else not isinstance(part, str) and not isinstance(before, str) and part.equals(before)): return widget
+    widget = HTML(_line(part)) if isinstance(part, str) else _table(part, name)
+    self.held = [(p, w) for p, w in self.held if w in self.children] + [(part, widget)]
+    return widget
+
+# %% ../../nbs/dash/panels.ipynb #4b317c31
 @patch
 def put(self:Page, widgets:list):
     "Show these; what was shown before is given up, but plots, which come again"
     before, self.children = self.children, widgets
-    given_up(w for w in before if not isinstance(w, Plot))
+    given_up(w for w in before if not isinstance(w, Plot) and w not in widgets)
 
 # %% ../../nbs/dash/panels.ipynb #66dc8e1b
 @patch
@@ -151,16 +160,18 @@ def _plot(self:Page) -> Plot:
     plot.on_click(lambda point: self.act(point))
     return plot
 
-# %% ../../nbs/dash/panels.ipynb #7fbefe3c
+# %% ../../nbs/dash/panels.ipynb #d53c3a5e
 def _line(words:str) -> str:
-    "A line, or a command, as HTML"
+    "A line, a command or Python as HTML"
+    if words.startswith("<details class='rethink-code'>"): return words # our own, escaped already
     return f"<pre class='rethink-command'>{escape(words)}</pre>" if words.startswith("rethink-nb ") else f"<p class='rethink-line'>{escape(words)}</p>"
 
-# %% ../../nbs/dash/panels.ipynb #8ff8e03a
+# %% ../../nbs/dash/panels.ipynb #ca5c5068
 def _table(frame, name:str):
     "A DataFrame that can be sorted, searched and saved"
     long = len(frame) > 12
-    return ITable(frame, showIndex=False, paging=len(frame) > 25, pageLength=25, maxBytes=0, classes="display compact nowrap", scrollX=True, **(dict(buttons=[dict(extend="csvHtml5", text="CSV", title=name)]) if long else dict(dom="t")))
+    place = dict(topStart="buttons", topEnd="search" if long else None, bottomStart="info" if long else None, bottomEnd="paging" if len(frame) > 25 else None)
+    return ITable(frame, showIndex=False, paging=len(frame) > 25, pageLength=25, maxBytes=0, classes="display compact nowrap", scrollX=True, buttons=[dict(extend="csvHtml5", text="CSV", title=name)], layout=place)
 
 # %% ../../nbs/dash/panels.ipynb #0f42eb9e
 def note(

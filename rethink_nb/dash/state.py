@@ -40,11 +40,13 @@ class State:
 
     def __repr__(self): return f"State({self.words}: {', '.join(f'{k} {v}' for k, v in self.chosen.items() if v is not None)})"
 
-# %% ../../nbs/dash/state.ipynb #9b439dae
+# %% ../../nbs/dash/state.ipynb #0c3250d7
 @patch
 def reload(self:State) -> State:
     "Read the store anew; choices stay as far as they still fit"
-    self.studies = [s for t in stored_trials(self.store, ()) for s in t.studies]
+    left_out = []
+    self.studies = [s for t in stored_trials(self.store, (), left_out.append) for s in t.studies]
+    self.left_out = left_out # lines on studies that cannot be read
     self._whole, self._part = lru_cache(16)(self._made), lru_cache(32)(self._cut)
     return self.choose()
 
@@ -54,10 +56,11 @@ def _made(self:State, scale:str, data:str, network:str) -> Trial:
     "All that the store has of a network"
     return Trial([s for s in self.studies if (scale_words(s), s.data, s.network) == (scale, data, network)], self.store).still()
 
-# %% ../../nbs/dash/state.ipynb #f8e08115
+# %% ../../nbs/dash/state.ipynb #941916a7
 @patch(as_prop=True)
 def empty(self:State) -> str:
     "Why there is nothing to show; empty where there is something"
+    if not self.studies and not self.store.path.is_dir(): return f"{self.store.path}: there is no such folder"
     return "" if self.studies else f"{self.store.path} holds no study: carry one out (`rethink-nb run l1 --store {self.store.path}`), look at the store of another folder, or leave the store out to see the example"
 
 # %% ../../nbs/dash/state.ipynb #0e13e487
@@ -81,11 +84,12 @@ def options(self:State, name:str) -> list:
 # %% ../../nbs/dash/state.ipynb #a555650c
 def _places(s:Study) -> list[str]: return [scale_words(s), s.data, s.network]
 
-# %% ../../nbs/dash/state.ipynb #ef3d1dc2
+# %% ../../nbs/dash/state.ipynb #81f8e6e1
 @patch
 def choose(self:State, **changes) -> State:
     "Change some choices; None: the first of ONE, all of SEVERAL"
     if wrong := [k for k in changes if k not in (*ONE, *SEVERAL)]: raise UserError(f"there is no choice {wrong[0]!r}: there are {', '.join((*ONE, *SEVERAL))}")
+    if self.empty and not changes and hasattr(self, "chosen"): return self # a store that is away for a moment
     before, self.chosen = getattr(self, "chosen", {}), {}
     try:
         for name in ONE: self.chosen[name] = _one(name, self.options(name), changes.get(name), before.get(name))
@@ -101,14 +105,15 @@ def _one(name:str, options:list, asked:str | None, before:str | None) -> str | N
     if asked is not None and asked not in options: raise UserError(_unknown(name, asked, options))
     return asked if asked is not None else before if before in options else next(iter(options), None)
 
-# %% ../../nbs/dash/state.ipynb #c1867437
+# %% ../../nbs/dash/state.ipynb #1370019a
 def _several(name:str, options:list, wanted:Iterable | None, asked:bool) -> tuple | None:
     "Those of the wanted options that there are; None: all"
     if wanted is None: return None
-    wanted = (wanted,) if isinstance(wanted, (str, int, float)) else tuple(wanted)
+    wanted = tuple(wanted) if isinstance(wanted, Iterable) and not isinstance(wanted, str) else (wanted,)
+    if not options and not asked: return wanted # they hang on another choice, of which there is none just now
     if asked and (gone := [v for v in wanted if v not in options]): raise UserError(_unknown(name, gone[0], options))
     kept = tuple(v for v in options if v in wanted)
-    return None if len(kept) == len(options) or not asked and not kept else kept
+    return None if len(kept) == len(options) or not asked and wanted and not kept else kept
 
 # %% ../../nbs/dash/state.ipynb #97959fdb
 def _unknown(name:str, value, options:list) -> str:

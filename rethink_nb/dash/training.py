@@ -40,13 +40,15 @@ FINAL = Control("value", "shown", known_finals)
 
 figure_view(_BOARD, "Final accuracy", "arms", "Every run, mean and interval of each arm.", FINAL)
 
-# %% ../../nbs/dash/training.ipynb #f2a346fb
+# %% ../../nbs/dash/training.ipynb #3c1e7921
 @view(_BOARD, "Every run", code=lambda: "trial.frame()")
 def every_run(state:State):
     "A row a run: how it ended, its numbers and its cost."
+    from rethink_nb.report.stats import level_words
     frame = state.trial().frame()
-    columns = ["method", "ratio", "arm", "seed", "status", "test_acc", "val_acc", "test_loss", "epochs", "schedule", "params", "macs", "total_macs", "seconds", "run"]
-    return [frame[columns].round(dict(ratio=4, test_acc=2, val_acc=2, test_loss=4, seconds=1))]
+    frame = frame.assign(removed=frame.ratio.map({r: level_words(r) for r in frame.ratio.unique()}))
+    columns = ["method", "removed", "arm", "seed", "status", "test_acc", "val_acc", "test_loss", "epochs", "schedule", "params", "macs", "total_macs", "seconds", "run"]
+    return [frame[columns].round(dict(test_acc=2, val_acc=2, test_loss=4, seconds=1))]
 
 # %% ../../nbs/dash/training.ipynb #fb44383a
 def run_options(state:State) -> list:

@@ -42,7 +42,7 @@ def first(self:Control, state:State):
     values = [v for _, v in self.choices(state)]
     return self.value if self.value in values else next(iter(values), None)
 
-# %% ../../nbs/dash/views.ipynb #27126c4c
+# %% ../../nbs/dash/views.ipynb #8ee9f836
 @dataclass(frozen=True)
 class View:
     "A page of a dashboard"
@@ -56,16 +56,19 @@ class View:
 
     def values(self, state:State, **given) -> dict:
         "Values of its controls: those given, as far as they still fit, else the first"
+        for c in self.controls:
+            if c.options is not None and not c.choices(state): raise UserError(f"nothing to show yet: there is no {c.words} to choose, for what is chosen has no such result")
         return {c.name: _fitting(c, state, given.get(c.name)) for c in self.controls}
 
-# %% ../../nbs/dash/views.ipynb #88f15f00
+# %% ../../nbs/dash/views.ipynb #f477204e
 def _fitting(c:Control, state:State, value):
     "The value, if the control still has it"
     if value is None: return c.first(state)
     if c.span:
         lowest, highest, *_ = c.scale(state)
-        return value if lowest <= value <= highest else c.first(state)
-    return value if c.options is None or value in [v for _, v in c.choices(state)] else c.first(state)
+        return value if isinstance(value, (int, float)) and lowest <= value <= highest else c.first(state)
+    if c.options is None: return bool(value)
+    return value if value in [v for _, v in c.choices(state)] else c.first(state)
 
 # %% ../../nbs/dash/views.ipynb #9f015a3c
 VIEWS:dict[str, dict[str, View]] = {} # by dashboard and name
@@ -90,7 +93,7 @@ def figure_call(kind:str, **options) -> str:
     "The call that draws a figure of `trial`"
     return f"trial.figure({', '.join([repr(kind), *(f'{k}={v!r}' for k, v in options.items())])})"
 
-# %% ../../nbs/dash/views.ipynb #fb985650
+# %% ../../nbs/dash/views.ipynb #8d7dae36
 def shown(
     board:str,
     name:str,
@@ -102,4 +105,12 @@ def shown(
         if key not in known: raise UserError(f"there is no {kind} {key!r}: there are {', '.join(known)}")
     v = VIEWS[board][name]
     if wrong := [k for k in values if k not in [c.name for c in v.controls]]: raise UserError(f"view {name} has no control {wrong[0]!r}: there are {', '.join(c.name for c in v.controls) or 'none'}")
-    return v.draw(state, **v.values(state, **values))
+    fitting = v.values(state, **values)
+    if wrong := [k for k in values if values[k] is not None and values[k] != fitting[k]]: raise UserError(f"{wrong[0]} has no {values[wrong[0]]!r} here: {_offered(next(c for c in v.controls if c.name == wrong[0]), state)}")
+    return v.draw(state, **fitting)
+
+# %% ../../nbs/dash/views.ipynb #d0342630
+def _offered(c:Control, state:State) -> str:
+    "What a control has"
+    if c.span: return "give a number from {} to {}".format(*c.scale(state))
+    return f"there are {', '.join(str(v) for _, v in c.choices(state))}" if c.options is not None else "give True or False"

@@ -16,13 +16,13 @@ from .grid import Grid, panelled, pieces
 from .stats import done, level_words, spread_parents, summary
 from .tables import arm_base, arm_order
 
-# %% ../../nbs/report/figures.ipynb #5d9e30f4
+# %% ../../nbs/report/figures.ipynb #96e0b515
 _looks = {"parent": ("#000000", "star"), "pruned": ("#8c8c8c", "x"), "fine-tune": ("#E69F00", "circle"),
           "fine-tune-large": ("#D55E00", "square"), "scratch-e": ("#56B4E9", "diamond"), "scratch-b": ("#0072B2", "triangle-up"),
           "lr-rewind": ("#009E73", "hexagon"), "weight-rewind": ("#00593F", "hexagon2"), "pipeline-e": ("#B58900", "cross"), "pipeline-b": ("#7A3B00", "hourglass"),
           "scratch-e-total": ("#3A6EA5", "diamond-tall"), "scratch-b-total": ("#00355C", "triangle-left"), "random-channels": ("#CC79A7", "triangle-down"),
           "uniform-e": ("#A6761D", "bowtie"), "uniform-b": ("#5C4210", "star-square"),
-          "shuffled-mask": ("#CC79A7", "triangle-down"), "ticket": ("#E69F00", "circle"), "random-ticket": ("#56B4E9", "diamond")}  # never beside their like
+          "shuffled-mask": ("#8E4585", "triangle-right"), "ticket": ("#C77F00", "circle-dot"), "random-ticket": ("#2B8CC4", "diamond-dot")}
 _later = ("#66A61E", "pentagon")  # shared by arms that came later
 
 # %% ../../nbs/report/figures.ipynb #a25e2351
@@ -52,13 +52,17 @@ pio.templates["rethink"] = go.layout.Template(layout=dict(
     legend=dict(groupclick="togglegroup", tracegroupgap=2),
     hoverlabel=dict(align="left", bgcolor="white", font=dict(size=13))))
 
-# %% ../../nbs/report/figures.ipynb #63d7e04b
+# %% ../../nbs/report/figures.ipynb #22644a4d
 _along = dict(epoch="epoch", macs="MACs of this training", seconds="seconds of this training")  # of a curve
-_PERCENT = ("test_acc", "val_acc", "train_acc", "test_top5", "agreement", "map50", "best_test_acc")
+_PERCENT = ("test_acc", "val_acc", "train_acc", "test_top5", "agreement", "map50", "best_test_acc", "test_ece")
 _words = {"macs": "MACs", "params": "parameters", "ratio": "share removed", "ms": "milliseconds of a forward pass",
           "total_macs": "MACs from nothing", "lr": "learning rate",
           "val_acc": "validation accuracy, %", "test_acc": "test accuracy, %", "train_acc": "training accuracy, %", "map50": "average precision (mAP) at half overlap, %",
+          "test_top5": "test accuracy, top 5, %", "agreement": "agreement with the parent, %", "test_ece": "calibration error, %",
           "val_loss": "validation loss", "test_loss": "test loss", "train_loss": "training loss"}
+
+# %% ../../nbs/report/figures.ipynb #2c93a804
+def _digits(column:str) -> str: return ".2f" if column in _PERCENT else ".4g"  # of a number in a hover text
 
 # %% ../../nbs/report/figures.ipynb #2869f629
 def _title(column:str) -> str:
@@ -79,18 +83,18 @@ def _measured(frame, x, columns):
     parts = dict(train="training", val="validation", test="test")
     return pd.concat([frame.assign(at=frame[x], of=frame[c], on=parts[c.split("_")[0]]) for c in columns], ignore_index=True)
 
-# %% ../../nbs/report/figures.ipynb #a4b6c4a9
+# %% ../../nbs/report/figures.ipynb #96a79776
 def _over_seeds(frame):
     "Mean, lowest and highest value over the runs, at each epoch of an arm; the runs in words"
-    words = [f"seed {s}, {run}: {v:.2f}" for s, run, v in zip(frame.seed, frame.run, frame.of)] if frame.seed.nunique() <= 20 else ""  # a longer list fits no screen
+    words = [f"seed {s}, {run}: {v:.5g}" for s, run, v in zip(frame.seed, frame.run, frame.of)] if frame.seed.nunique() <= 20 else ""  # a longer list fits no screen
     keys = ["network", "net", "cut", "panel", "arm", "on", "epoch"]
     groups = frame.assign(words=words).groupby(keys, sort=False, as_index=False)
     return groups.agg(x=("at", "mean"), y=("of", "mean"), lo=("of", "min"), hi=("of", "max"), runs=("words", lambda w: "<br>".join(filter(None, w))))
 
-# %% ../../nbs/report/figures.ipynb #94dcb91d
-def _line(panel, arm, rows, color, dash):
+# %% ../../nbs/report/figures.ipynb #253cf3ae
+def _line(panel, arm, rows, color, dash, digits):
     "The mean of an arm in a panel"
-    hover = "<b>%{customdata[1]}</b>, epoch %{customdata[2]}: mean %{y:.2f}<br>%{customdata[0]}<extra></extra>"
+    hover = f"<b>%{{customdata[1]}}</b>, epoch %{{customdata[2]}}: mean %{{y:{digits}}}<br>%{{customdata[0]}}<extra></extra>"
     mode = "lines" if len(rows) > 1 else "lines+markers"  # no line leads through one epoch
     return dict(type="scatter", panel=panel, name=arm, mode=mode, x=rows.x.to_numpy(), y=rows.y.to_numpy(), line=dict(color=color, dash=dash),
                 customdata=rows[["runs", "arm", "epoch"]].to_numpy(), hovertemplate=hover)
@@ -101,13 +105,13 @@ def _band(panel, arm, rows, color):
     return dict(type="scatter", panel=panel, name=arm, mode="lines", x=[*rows.x, *rows.x[::-1]], y=[*rows.hi, *rows.lo[::-1]], fill="toself", fillcolor=color, opacity=.18,
                 line=dict(width=0, color=color), hoverinfo="skip", showlegend=False)  # there along the top, back along the bottom
 
-# %% ../../nbs/report/figures.ipynb #a9bbf021
-def _single(panel, arm, rows, color, dash):
+# %% ../../nbs/report/figures.ipynb #7bcb3ffd
+def _single(panel, arm, rows, color, dash, digits):
     "A thin line per run, all in one trace that is broken between them; without a place in the legend"
     ends = rows.groupby("run", sort=False).tail(1).assign(of=float("nan"))
     broken = pd.concat([rows, ends]).sort_values("run", kind="stable")
     return dict(type="scatter", panel=panel, name=arm, mode="lines", x=broken["at"].to_numpy(), y=broken.of.to_numpy(), line=dict(width=1, color=color, dash=dash), opacity=.55, showlegend=False,
-                customdata=broken[["run", "seed", "epoch"]].to_numpy(), hovertemplate=arm + ", seed %{customdata[1]}, epoch %{customdata[2]}: %{y:.2f}<br>run %{customdata[0]}<extra></extra>")
+                columns=["run", "seed", "epoch"], customdata=broken[["run", "seed", "epoch"]].to_numpy(), hovertemplate=arm + f", seed %{{customdata[1]}}, epoch %{{customdata[2]}}: %{{y:{digits}}}<br>run %{{customdata[0]}}<extra></extra>")
 
 # %% ../../nbs/report/figures.ipynb #a0691729
 def _one_axis(columns):
@@ -116,7 +120,7 @@ def _one_axis(columns):
     if len(columns) == 1: return _words.get(columns[0], columns[0])
     return f"{' and '.join(_words[c].split()[0] for c in columns)} {_words[columns[0]].split(maxsplit=1)[1]}"
 
-# %% ../../nbs/report/figures.ipynb #824a92d9
+# %% ../../nbs/report/figures.ipynb #a619b757
 def fig_curves(curves, # the curve frame
                x="epoch", # epoch, macs or seconds (both since the start of this training)
                y="val_acc", # any measured column, or several of one kind, which are then dashed
@@ -130,13 +134,13 @@ def fig_curves(curves, # the curve frame
     rows = _measured(panelled(spread_parents(curves)), x, columns)
     mean = _over_seeds(rows)
     colors, dashes = arm_looks(arm_order(mean.arm))[0], dict(zip(dict.fromkeys(mean.on), ("solid", "dot")))
-    lines = [_line(panel, arm, own, colors[arm], dashes[on]) for panel, (arm, on), own in pieces(mean, "arm", "on")]
-    if each: more = [_single(panel, arm, own, colors[arm], dashes[on]) for panel, (arm, on), own in pieces(rows, "arm", "on")]
+    lines = [_line(panel, arm, own, colors[arm], dashes[on], _digits(columns[0])) for panel, (arm, on), own in pieces(mean, "arm", "on")]
+    if each: more = [_single(panel, arm, own, colors[arm], dashes[on], _digits(columns[0])) for panel, (arm, on), own in pieces(rows, "arm", "on")]
     else: more = [_band(panel, arm, own, colors[arm]) for panel, (arm, on), own in pieces(mean, "arm", "on")]
     told = [dict(type="scatter", x=[None], y=[None], mode="lines", name=on, line=dict(color="#555555", dash=dash)) for on, dash in dashes.items()] if len(columns) > 1 else []
     return Grid(mean).figure([*lines, *more, *told], f"{words[0].upper()}{words[1:]}: mean over the seeds{'' if each else ', band from lowest to highest'}", _along[x], words)
 
-# %% ../../nbs/report/figures.ipynb #d60b73db
+# %% ../../nbs/report/figures.ipynb #4ba7ec87
 def fig_arms(frame, # the trial frame
              value="test_acc", # the column shown
              alpha=.05, # the interval covers 1-alpha
@@ -147,7 +151,7 @@ def fig_arms(frame, # the trial frame
     runs = panelled(spread_parents(done(frame)))
     place = {arm: -i for i, arm in enumerate(arm_order(runs.arm))}
     looks, mean = arm_looks(list(place)), _whiskers(summary(runs, ["net", "cut", "panel", "arm"], value, alpha), value)
-    means = [_mean(panel, arm, own, place[arm] + .12, looks) for panel, (arm,), own in pieces(mean, "arm")]
+    means = [_mean(panel, arm, own, place[arm] + .12, looks, _digits(value)) for panel, (arm,), own in pieces(mean, "arm")]
     dots = [_dots(panel, arm, own, value, place[arm] - .22, looks) for panel, (arm,), own in pieces(runs, "arm")]
     for t in (*means, *dots): t |= dict(visible="legendonly") if t["name"] in hidden else {}
     axis = dict(tickvals=list(place.values()), ticktext=list(place), range=[.6 - len(place), .6])
@@ -164,21 +168,21 @@ def _reach(rows):
     "The interval of a mean as plotly's error bar"
     return dict(type="data", symmetric=False, array=rows.up.to_numpy(), arrayminus=rows.down.to_numpy())
 
-# %% ../../nbs/report/figures.ipynb #21b3dc83
-_MEAN = "<b>%{{fullData.name}}</b>: mean %{{{at}:.2f}}, n=%{{customdata[0]}}<br>sd %{{customdata[1]:.2f}}, interval %{{customdata[2]:.2f}} to %{{customdata[3]:.2f}}{more}<extra></extra>"
+# %% ../../nbs/report/figures.ipynb #bfc90c0c
+_MEAN = "<b>%{{fullData.name}}</b>: mean %{{{at}:{d}}}, n=%{{customdata[0]}}<br>sd %{{customdata[1]:{d}}}, interval %{{customdata[2]:{d}}} to %{{customdata[3]:{d}}}{more}<extra></extra>"
 
-def _mean(panel, arm, rows, y, looks):
+def _mean(panel, arm, rows, y, looks, digits):
     "A marker with its interval along x"
     return dict(type="scatter", panel=panel, name=arm, mode="markers", x=rows["mean"].to_numpy(), y=[y]*len(rows), error_x=_reach(rows), marker=dict(color=looks[0][arm], symbol=looks[1][arm], size=11),
-                customdata=rows[["n", "sd", "lo", "hi"]].to_numpy(), hovertemplate=_MEAN.format(at="x", more=""))
+                customdata=rows[["n", "sd", "lo", "hi"]].to_numpy(), hovertemplate=_MEAN.format(at="x", d=digits, more=""), columns=["n", "sd", "lo", "hi"], flat="y")
 
-# %% ../../nbs/report/figures.ipynb #352ea2ca
+# %% ../../nbs/report/figures.ipynb #f65aaa89
 def _dots(panel, arm, rows, value, y, looks):
     "A pale dot per run, without a place in the legend"
     return dict(type="scatter", panel=panel, name=arm, mode="markers", x=rows[value].to_numpy(), y=[y]*len(rows), marker=dict(color=looks[0][arm], size=8, opacity=.55), showlegend=False,
-                customdata=rows[["run", "seed"]].to_numpy(), hovertemplate=arm + ", seed %{customdata[1]}: %{x:.2f}<br>run %{customdata[0]}<extra></extra>")
+                customdata=rows[["run", "seed"]].to_numpy(), hovertemplate=arm + f", seed %{{customdata[1]}}: %{{x:{_digits(value)}}}<br>run %{{customdata[0]}}<extra></extra>", columns=["run", "seed"], flat="y")
 
-# %% ../../nbs/report/figures.ipynb #946a26bb
+# %% ../../nbs/report/figures.ipynb #0d24a863
 def fig_accuracy_cost(frame, # the trial frame
                       x="params", # params, macs (of one image), total_macs (of the training, from nothing), ms (of a forward pass) or ratio
                       value="test_acc", # the column shown
@@ -190,15 +194,15 @@ def fig_accuracy_cost(frame, # the trial frame
     points = _cost_points(frame, x, value, alpha)
     points = _whiskers(points, value).assign(removed=points.ratio.map(level_words))
     looks = arm_looks(arm_order(points.arm))
-    lines = [_through(panel, arm, own, x, looks) | (dict(visible="legendonly") if arm in hidden else {}) for panel, (arm,), own in pieces(points, "arm")]
+    lines = [_through(panel, arm, own, x, looks, _digits(value)) | (dict(visible="legendonly") if arm in hidden else {}) for panel, (arm,), own in pieces(points, "arm")]
     return Grid(points, 330).figure(lines, f"{_title(value)} over {_words.get(x, x)}: mean and {1 - alpha:.0%} interval", _words.get(x, x), _words.get(value, value))
 
-# %% ../../nbs/report/figures.ipynb #862a2278
-def _through(panel, arm, rows, x, looks):
+# %% ../../nbs/report/figures.ipynb #fbb05582
+def _through(panel, arm, rows, x, looks, digits):
     "A line through the ratios of an arm, with their intervals"
     color = looks[0][arm]
     return dict(type="scatter", panel=panel, name=arm, mode="lines+markers", x=rows[x].to_numpy(), y=rows["mean"].to_numpy(), error_y=_reach(rows), line=dict(color=color, width=1.5), marker=dict(color=color, symbol=looks[1][arm], size=10),
-                customdata=rows[["n", "sd", "lo", "hi", "removed"]].to_numpy(), hovertemplate=_MEAN.format(at="y", more="<br>%{customdata[4]} removed, at %{x:.4s}"))
+                customdata=rows[["n", "sd", "lo", "hi", "removed"]].to_numpy(), hovertemplate=_MEAN.format(at="y", d=digits, more="<br>%{customdata[4]} removed, at %{x:.4s}"), columns=["n", "sd", "lo", "hi", "removed"])
 
 # %% ../../nbs/report/figures.ipynb #7333d3da
 def _cost_points(frame, x, value, alpha):

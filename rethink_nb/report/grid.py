@@ -80,17 +80,22 @@ def layout(self:Grid,
             found[name + own[name][1:]] = dict(domain=span, anchor=own[other], showticklabels=shown, title=dict(text=words)) | shared | more
     return found | dict(annotations=self.titles(across, down))
 
-# %% ../../nbs/report/grid.ipynb #d311c195
+# %% ../../nbs/report/grid.ipynb #ae6cccd2
 @patch
 def titles(self:Grid, across, down) -> list[dict]:
     "Names of the panels: above each, or above columns and beside rows"
     look = dict(xref="paper", yref="paper", showarrow=False, font=dict(size=14))
     above = lambda words, row, column: dict(text=words, x=sum(across[column])/2, y=down[row][1], xanchor="center", yanchor="bottom", **look)
-    if self.wraps: return [above(f"<b>{cut}</b><br>{net}", *place) for (net, cut), place in self.places.items()]
+    room = 20 if self.wide > 2 else 44  # letters in a column's title
+    folded = lambda words, room: "<br>".join(f"<b>{line}</b>" for line in wrap(words, room, break_on_hyphens=False))
+    if self.wraps: return [above(f"{folded(cut, 30)}<br>{net}", *place) for (net, cut), place in self.places.items()]
     beside = [dict(text=f"<b>{net}</b>", x=.98, y=sum(down[row])/2, xanchor="left", yanchor="middle", textangle=90, **look) for row, net in enumerate(self.nets)]
-    return [*(above(f"<b>{cut}</b>", 0, column) for column, cut in enumerate(self.cuts)), *beside]
+    return [*(above(folded(cut, room), 0, column) for column, cut in enumerate(self.cuts)), *beside]
 
-# %% ../../nbs/report/grid.ipynb #4d551847
+# %% ../../nbs/report/grid.ipynb #03390f5c
+def _lines_of(words:str) -> int: return words.count("<br>") + 1
+
+# %% ../../nbs/report/grid.ipynb #3fccd1bf
 @patch
 def figure(self:Grid,
     traces:list[dict], # with `panel`, or without for what stands in the legend only
@@ -103,17 +108,25 @@ def figure(self:Grid,
     **layout, # more of the figure's
 ) -> go.Figure:
     "The panels with their traces"
+    tall = max(_lines_of(a["text"]) for a in (*self.titles(_spans(self.wide, .03), _spans(self.deep, .1)),) if not a.get("textangle"))
     lines = 0 if self.wraps else max(net.count("<br>") for net in self.nets)  # of the titles of rows, which stand at the right
-    whole = dict(template="rethink", height=self.height*self.deep + 150, title=dict(text=title), legend=dict(title=dict(text=legend, font=dict(size=13)), x=1.02 + .02*lines, tracegroupgap=0))
+    whole = dict(template="rethink", height=self.height*self.deep + 150 + 18*max(tall - 2, 0), title=dict(text=title), margin=dict(t=80 + 18*max(tall - 2, 0)), legend=dict(title=dict(text=legend, font=dict(size=13)), x=1.02 + .02*lines, tracegroupgap=0))
     return go.Figure(dict(data=self._placed(traces), layout=self.layout(x, y, xaxis or {}, yaxis or {}) | whole | layout))
 
-# %% ../../nbs/report/grid.ipynb #9fe88272
+# %% ../../nbs/report/grid.ipynb #d4a0baf2
+def _flat(panel) -> str:
+    "A panel's name in one line"
+    net, cut = (words.replace("<br>", " ") for words in panel)
+    return f"{cut}, {net}"
+
+# %% ../../nbs/report/grid.ipynb #6f7a271f
 @patch
 def _placed(self:Grid, traces:list[dict]) -> list[dict]:
     "Traces on their axes, the first of each name in the legend"
     axes, seen, placed = {panel: self.axes(panel) for panel in self.places}, set(), []
     for t in traces:
-        own = {k: v for k, v in t.items() if k != "panel"} | (axes[t["panel"]] if "panel" in t else {})
+        own = {k: v for k, v in t.items() if k not in ("panel", "columns", "flat")} | (axes[t["panel"]] if "panel" in t else {})
+        if "panel" in t: own["meta"] = {"panel": _flat(t["panel"]), "columns": t.get("columns", []), "flat": t.get("flat", "")}  # for who takes the numbers away (`report.points`)
         group = dict(legendgroup=t["name"], showlegend=t.get("showlegend", True) and t["name"] not in seen)
         if group["showlegend"]: seen.add(t["name"])
         placed.append(own | group)

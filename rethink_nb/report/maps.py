@@ -5,9 +5,7 @@
 # %% auto #0
 __all__ = ['fig_verdicts', 'fig_positions']
 
-# %% ../../nbs/report/maps.ipynb #e4725b67
-import numpy as np
-import pandas as pd
+# %% ../../nbs/report/maps.ipynb #49bedd32
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
@@ -34,16 +32,18 @@ def fig_verdicts(frame, # of `verdicts`
     for verdict, color in _VERDICTS.items(): fig.add_trace(go.Scatter(x=[None], y=[None], mode="markers", name=verdict, marker=dict(color=color, symbol="square", size=12, line=dict(color="#888", width=1))))
     return fig.update_layout(template="rethink", height=(130 + 34*len(kinds))*deep + 90, title="Verdicts: the first arm against the second, difference in points", legend=dict(orientation="h", y=0, yref="container", yanchor="bottom"), margin=dict(t=110, b=80))
 
-# %% ../../nbs/report/maps.ipynb #99a7a507
+# %% ../../nbs/report/maps.ipynb #2fa518b4
 def _verdict_cells(rows, kinds):
     "The heatmap of one panel"
     codes = {v: i for i, v in enumerate(_VERDICTS)}
     ratios = sorted(rows.ratio.unique(), key=abs)
-    grid = {col: rows.pivot_table(index="compared", columns="ratio", values=col, aggfunc="first").reindex(index=kinds, columns=ratios) for col in ("verdict", "difference", "lo", "hi")}
-    words = grid["difference"].map(lambda d: "" if pd.isna(d) else f"{d:+.1f}")
-    spans = grid["lo"].map("{:+.2f}".format) + " to " + grid["hi"].map("{:+.2f}".format)
-    return go.Heatmap(z=grid["verdict"].map(codes.get).astype(float), x=[level_words(r) for r in ratios], y=kinds, zmin=-.5, zmax=3.5, colorscale=_steps(list(_VERDICTS.values())), showscale=False, xgap=2, ygap=2,
-                      text=words, texttemplate="%{text}", textfont_size=12, customdata=np.dstack([grid["verdict"].fillna("not compared"), spans]), hovertemplate="%{y}, %{x}<br>%{customdata[0]}: %{text} [%{customdata[1]}]<extra></extra>")
+    found = {(r.compared, r.ratio): r for r in rows[::-1].itertuples()}
+    cells = [[found.get((kind, ratio)) for ratio in ratios] for kind in kinds]
+    each = lambda what: [[what(c) for c in line] for line in cells]
+    words = each(lambda c: f"{c.difference:+.1f}" if c else "")
+    told = each(lambda c: [c.verdict, f"{c.lo:+.2f} to {c.hi:+.2f}"] if c else ["not compared", ""])
+    return go.Heatmap(z=each(lambda c: codes[c.verdict] if c else None), x=[level_words(r) for r in ratios], y=kinds, zmin=-.5, zmax=3.5, colorscale=_steps(list(_VERDICTS.values())), showscale=False, xgap=2, ygap=2,
+                      text=words, texttemplate="%{text}", textfont_size=12, customdata=told, hovertemplate="%{y}, %{x}<br>%{customdata[0]}: %{text} [%{customdata[1]}]<extra></extra>")
 
 # %% ../../nbs/report/maps.ipynb #f31a9545
 def _steps(colors:list[str]) -> list[tuple[float, str]]:

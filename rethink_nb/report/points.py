@@ -9,24 +9,28 @@ __all__ = ['points_frame']
 import numpy as np
 import pandas as pd
 
-# %% ../../nbs/report/points.ipynb #da14406b
+# %% ../../nbs/report/points.ipynb #e1d0c18b
 def points_frame(fig, # a plotly figure
                 ):
     "Every point that a figure shows, as a DataFrame: trace, panel, x, y, and what there is of z, text and the reach of the interval"
-    parts = [_cells(t) if t.type == "heatmap" else _points(t) for t in fig.data if t.x is not None and len(t.x) and not getattr(t, "fill", None)]
+    parts = [_cells(t) if t.type == "heatmap" else _points(t) for t in fig.data if (t.type == "heatmap" or t.x is not None and len(t.x)) and not getattr(t, "fill", None)]
     found = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["trace", "panel", "x", "y"])
-    return found[found.x.notna() & found.y.notna()].reset_index(drop=True)
+    return found.dropna(subset=[k for k in "xy" if k in found]).reset_index(drop=True)
 
-# %% ../../nbs/report/points.ipynb #bbd96601
+# %% ../../nbs/report/points.ipynb #7b0128fd
 def _points(t):
-    "A row a point of a line, of markers or of bars"
+    "A row a point of a line, of markers or of bars, with what the trace says of its points"
+    meta = t.meta or {}
     reach = {f"{side}_{way}": getattr(error, part) for side in "xy" if (error := getattr(t, f"error_{side}", None)) is not None and error.array is not None
              for way, part in (("up", "array"), ("down", "arrayminus"))}
-    return pd.DataFrame({"trace": t.name, "panel": f"{t.xaxis or 'x'}{t.yaxis or 'y'}", "x": t.x, "y": t.y} | {k: v for k, v in reach.items() if v is not None})
+    told = {c: [row[i] for row in t.customdata] for i, c in enumerate(meta.get("columns", []))} if t.customdata is not None else {}
+    places = {k: t[k] for k in "xy" if k != meta.get("flat")}
+    return pd.DataFrame({"trace": t.name, "panel": meta.get("panel") or f"{t.xaxis or 'x'}{t.yaxis or 'y'}"} | places | {k: v for k, v in reach.items() if v is not None} | told)
 
-# %% ../../nbs/report/points.ipynb #226ac8af
+# %% ../../nbs/report/points.ipynb #b0fa5db6
 def _cells(t):
     "A row a cell of a heat map"
-    y, x = np.meshgrid(np.asarray(t.y, object), np.asarray(t.x, object), indexing="ij")
+    names = [np.arange(n) if own is None else np.asarray(own, object) for own, n in zip((t.y, t.x), np.shape(t.z))]
+    y, x = np.meshgrid(*names, indexing="ij")
     flat = lambda grid: np.asarray(grid, object).reshape(-1) if grid is not None else None
     return pd.DataFrame({"trace": t.name, "panel": f"{t.xaxis or 'x'}{t.yaxis or 'y'}", "x": flat(x), "y": flat(y), "z": flat(t.z)} | ({"text": flat(t.text)} if t.text is not None else {}))

@@ -31,7 +31,7 @@ def fig_scores(frame, # columns site (of one network, or several networks' one s
             fig.add_bar(x=part.index, y=part.score, name=words, legendgroup=words, showlegend=i == 0, marker_color=color, customdata=part.channel, hovertemplate=f"{site}<br>channel %{{customdata}}, score %{{y:.4g}}, {words}<extra></extra>", **axes)
     return _in_rows(fig, list(dict.fromkeys(rows.site)), title)
 
-# %% ../../nbs/report/sites.ipynb #d60ed0b5
+# %% ../../nbs/report/sites.ipynb #eb9fb44c
 def _in_rows(fig, names, title, high=170):
     "Panels one below the other, their names above them"
     n = len(names)
@@ -39,7 +39,7 @@ def _in_rows(fig, names, title, high=170):
     share = (1 - gap*(n - 1))/n
     for i, name in enumerate(names):
         top, at = 1 - i*(share + gap), i + 1 if i else ""
-        fig.update_layout({f"yaxis{at}": dict(domain=[max(top - share, 0), top], anchor=f"x{at}"), f"xaxis{at}": dict(anchor=f"y{at}", showticklabels=i == n - 1)})
+        fig.update_layout({f"yaxis{at}": dict(domain=[max(top - share, 0), top], anchor=f"x{at}"), f"xaxis{at}": dict(anchor=f"y{at}", showticklabels=i == n - 1, title=dict(text="channels, by their score" if i == n - 1 else ""))})
         fig.add_annotation(text=f"<b>{name}</b>", x=0, xref="paper", xanchor="left", y=top, yref="paper", yanchor="bottom", showarrow=False, font_size=13)
     return fig.update_layout(template="rethink", title=title, height=high*n + 150, barmode="overlay", bargap=.1)
 

@@ -185,15 +185,19 @@ def spread_parents(frame):
     if "parent" in frame: parents = parents.assign(parent=parents.run)
     return pd.concat([groups.merge(parents, on=["data", "network", "method"]), frame[~mine]], ignore_index=True)[list(frame)]
 
-# %% ../../nbs/report/stats.ipynb #67357dab
+# %% ../../nbs/report/stats.ipynb #bb9fe70a
 def samples(frame, arm_a, arm_b, value="test_acc"):
     "The values of both arms, and whether they are paired (then in the order of their parents)"
-    a, b = (frame[frame.arm == arm].sort_values("parent", kind="stable") for arm in (arm_a, arm_b))
+    return _both(*(frame[frame.arm == arm].sort_values("parent", kind="stable") for arm in (arm_a, arm_b)), value)
+
+# %% ../../nbs/report/stats.ipynb #5fc91c25
+def _both(a, b, value):
+    "The values of two arms' rows, sorted by parents, and whether they are paired"
     parents = a.parent.tolist()
     paired = "" not in parents and parents == b.parent.tolist() and len(set(parents)) == len(parents)
     return a[value].to_numpy(), b[value].to_numpy(), paired
 
-# %% ../../nbs/report/stats.ipynb #6528a49a
+# %% ../../nbs/report/stats.ipynb #d9155d3b
 def verdicts(frame, # the trial frame
              comparisons, # pairs (arm_a, arm_b)
              margin, # points
@@ -206,13 +210,14 @@ def verdicts(frame, # the trial frame
     _check(margin, alpha)
     if value not in frame: raise UserError(f"no column {value!r} to compare: there are {', '.join(frame.select_dtypes('number'))}")
     if not mixed: check_setups(frame, [*by, "arm"])
-    rows = []
-    for key, group in spread_parents(done(frame)).groupby(list(by), sort=False):
+    runs = spread_parents(done(frame))
+    runs, rows = runs[[c for c in runs if c in (*by, "arm", "parent", "epochs", "schedule", value)]], []  # what is compared, and no wider: rows are picked over and over
+    for key, group in runs.groupby(list(by), sort=False):
+        arms = {arm: own.sort_values("parent", kind="stable") for arm, own in group.groupby("arm", sort=False)}
         for arm_a, arm_b in comparisons:
-            if not {arm_a, arm_b} <= set(group.arm): continue
-            a, b, paired = samples(group, arm_a, arm_b, value)
-            setup = setup_words(group[group.arm == arm_a], group[group.arm == arm_b], paired)
-            rows.append((*key, arm_a, arm_b, *compare(a, b, margin, alpha, paired), setup))
+            if not {arm_a, arm_b} <= arms.keys(): continue
+            a, b, paired = _both(arms[arm_a], arms[arm_b], value)
+            rows.append((*key, arm_a, arm_b, *compare(a, b, margin, alpha, paired), setup_words(arms[arm_a], arms[arm_b], paired)))
     return pd.DataFrame(rows, columns=[*by, "arm_a", "arm_b", *Comparison._fields, "setup"]).astype({"needed": "Int64"})
 
 # %% ../../nbs/report/stats.ipynb #aa07a3d9

@@ -94,33 +94,33 @@ def verdicts(t:Trial):
     from rethink_nb.report.maps import fig_verdicts
     return fig_verdicts(t.verdicts())
 
-# %% ../../nbs/study/figures.ipynb #f6a9329f
+# %% ../../nbs/study/figures.ipynb #2f772257
 @drawing("widths")
 def widths(t:Trial):
     "Channels kept at each site"
     from rethink_nb.report.figures import fig_widths
-    return fig_widths(t.within(widths_frame([s for s in t.studies if s.counts != {}], t.store)))
+    return fig_widths(t.within(widths_frame([s for s in t.studies if s.counts != {}], t.store, t.seeds)))
 
-# %% ../../nbs/study/figures.ipynb #770b007a
+# %% ../../nbs/study/figures.ipynb #17f81797
 @drawing("weights")
 def weights(t:Trial):
     "Weights kept in each layer, where single weights go"
     from rethink_nb.report.figures import fig_widths
-    return fig_widths(t.within(widths_frame([s for s in t.studies if s.counts == {}], t.store)), "weights")
+    return fig_widths(t.within(widths_frame([s for s in t.studies if s.counts == {}], t.store, t.seeds)), "weights")
 
-# %% ../../nbs/study/figures.ipynb #b22a5126
+# %% ../../nbs/study/figures.ipynb #07e1f481
 @drawing("uniform")
 def uniform(t:Trial):
     "Widths that a method found, beside uniform ones of the same MACs"
     from rethink_nb.report.insides import fig_found
-    return fig_found(t.within(found_frame(t.studies, t.store)))
+    return fig_found(t.within(found_frame(t.studies, t.store, t.seeds)))
 
-# %% ../../nbs/study/figures.ipynb #97195ff2
+# %% ../../nbs/study/figures.ipynb #3e697778
 @drawing("positions")
 def positions(t:Trial, seeds:int=3):
     "Which places of the kernels keep their weights, where single weights go"
     from rethink_nb.report.maps import fig_positions
-    return fig_positions(t.within(positions_frame(t.studies, t.store, seeds)))
+    return fig_positions(t.within(positions_frame(t.studies, t.store, seeds, t.seeds)))
 
 # %% ../../nbs/study/figures.ipynb #4108fde8
 @drawing("distributions")

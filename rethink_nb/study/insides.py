@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['first_done', 'distribution_frame', 'positions_frame', 'found_frame', 'latency_frame']
 
-# %% ../../nbs/study/insides.ipynb #5d3bbebb
-from collections.abc import Iterable
+# %% ../../nbs/study/insides.ipynb #ea033fea
+from collections.abc import Collection, Iterable
 
 import torch
 
@@ -16,6 +16,7 @@ from ..core.errors import UserError
 from ..methods.base import pruned_arch
 from ..methods.survey import place_counts
 from .cells import Cell
+from .frames import done_prunings
 from .grid import Study
 from .store import Store
 from ..surgery.saved import read_weights
@@ -75,11 +76,12 @@ def _density(parts:list[torch.Tensor], edges:torch.Tensor) -> torch.Tensor:
     values = torch.cat(parts).clamp(edges[0], edges[-1])
     return torch.histogram(values, edges).hist/len(values)/(edges[1] - edges[0])
 
-# %% ../../nbs/study/insides.ipynb #41ed54e5
+# %% ../../nbs/study/insides.ipynb #433ea1a3
 def positions_frame(
     studies:Iterable[Study],
     store:Store,
     seeds:int=3, # the first so many
+    among:Collection[int] | None=None, # of these; None: of all
 ):
     "Weights kept at each place of square kernels, of how many, a row a seed, stage and place, as a DataFrame; for studies in which single weights go"
     from pandas import DataFrame
@@ -88,9 +90,16 @@ def positions_frame(
     for s in studies:
         if s.counts != {}: continue
         for ratio in s.levels:
-            done = [r.id for r in (s.prune_run(s.method, ratio, seed) for seed in s.replicates[:seeds]) if store.done(r)]
-            rows += [dict(data=s.data, network=s.network, method=s.way, ratio=ratio, **row) for id in done for row in _places(store.masks(id), s.base)]
+            done = done_prunings(s, ratio, store, among)[:seeds]
+            rows += [dict(data=s.data, network=s.network, method=s.way, ratio=ratio, **row) for id in done for row in _places(_masks(store, id), s.base)]
     return DataFrame(rows)
+
+# %% ../../nbs/study/insides.ipynb #c3d3b657
+def _masks(store:Store, id:str) -> dict[str, torch.Tensor]:
+    "The masks of a pruning, refused when they are gone"
+    found = store.masks(id)
+    if found is None: raise UserError(f"{store/id}: damaged: the masks of this pruning are not there; remove the folder to have it run again")
+    return found
 
 # %% ../../nbs/study/insides.ipynb #61b856af
 def _places(masks:dict[str, torch.Tensor], arch:Arch) -> list[dict]:
@@ -98,21 +107,22 @@ def _places(masks:dict[str, torch.Tensor], arch:Arch) -> list[dict]:
     counts = place_counts({name.removesuffix(".weight"): m for name, m in masks.items()}, arch)
     return [dict(stage=stage, row=y, column=x, kept=int(kept[y, x]), of=of) for (stage, high, wide), (kept, of) in counts.items() if high == wide > 1 for y in range(high) for x in range(wide)]
 
-# %% ../../nbs/study/insides.ipynb #899b4b37
+# %% ../../nbs/study/insides.ipynb #9f769cf7
 def found_frame(
     studies:Iterable[Study],
     store:Store,
+    among:Collection[int] | None=None, # seeds that count; None: all
 ):
     "Channels kept at each inner site (`found`: mean over the seeds, `lo`, `hi`), and by uniform widths of the MACs that they have on average (`uniform`), as a DataFrame; for methods that find their widths"
     from pandas import DataFrame
-    rows = [dict(data=s.data, network=s.network, method=s.way, ratio=ratio, **row) for s in studies if s.prunes == "channels" and not s.known for ratio in s.levels for row in _found(s, ratio, store)]
+    rows = [dict(data=s.data, network=s.network, method=s.way, ratio=ratio, **row) for s in studies if s.prunes == "channels" and not s.known for ratio in s.levels for row in _found(s, ratio, store, among)]
     if not rows: return DataFrame()
     return DataFrame(rows)
 
-# %% ../../nbs/study/insides.ipynb #d1f0d1cc
-def _found(s:Study, ratio:float, store:Store) -> list[dict]:
+# %% ../../nbs/study/insides.ipynb #06b1d428
+def _found(s:Study, ratio:float, store:Store, among:Collection[int] | None=None) -> list[dict]:
     "A row a site"
-    ids = [r.id for r in (s.prune_run(s.method, ratio, seed) for seed in s.replicates) if store.done(r)]
+    ids = done_prunings(s, ratio, store, among)
     if not ids: return []
     small, free = [store.arch(id) for id in ids], [x for x in s.base.sites() if x.free]
     even = pruned_arch("uniform", s.base, macs=sum(store.record(id)["macs"] for id in ids)/len(ids)/s.base.count().macs)

@@ -18,7 +18,7 @@ from .trial import Trial
 # %% ../../nbs/study/part.ipynb #fee487ed
 _CHOSEN = dict(methods="method", ratios="ratio", arms="arm", seeds="seed") # by what a part is chosen: columns of the frame
 
-# %% ../../nbs/study/part.ipynb #8eb19d2b
+# %% ../../nbs/study/part.ipynb #1070bc73
 @patch
 def only(self:Trial,
     methods:Iterable[str] | None=None, # as the studies name them; None: all
@@ -34,7 +34,24 @@ def only(self:Trial,
     if not now.cells: raise UserError(f"nothing is left of the trial: {_said(whole, wanted)}")
     now.studies = [s for s in whole.studies if (s.data, s.network, s.way) in {(c.data, c.network, c.method) for c in now.cells}]
     now.frame, now.curves = cache(lambda: _cut(whole.frame(), wanted)), cache(lambda: _cut(whole.curves(), wanted))
-    now.table, now.verdicts = (cache(partial(made, now)) for made in (Trial.table, Trial.verdicts))
+    now.table, now.verdicts = cache(partial(Trial.table, now)), cache(partial(_verdicts, whole, wanted))
+    return now
+
+# %% ../../nbs/study/part.ipynb #75197472
+def _verdicts(whole:Trial, wanted:dict[str, set], margin:float | None=None):
+    "Those verdicts of the whole that are about the chosen methods, ratios and arms, from the chosen seeds"
+    if "seed" in wanted: whole = _of_seeds(whole, wanted["seed"])
+    v = whole.verdicts(margin) if margin is not None else whole.verdicts()
+    own = {column: wanted[k] for column, k in (("method", "method"), ("ratio", "ratio"), ("arm_a", "arm"), ("arm_b", "arm")) if k in wanted}
+    for column, values in own.items(): v = v[v[column].isin(values)]
+    return v.reset_index(drop=True)
+
+# %% ../../nbs/study/part.ipynb #5aa119a3
+def _of_seeds(whole:Trial, seeds:set[int]) -> Trial:
+    "The whole as if there were these seeds alone"
+    now = copy(whole)
+    now.frame = cache(lambda: _cut(whole.frame(), dict(seed=seeds)))
+    now.verdicts = cache(partial(Trial.verdicts, now))
     return now
 
 # %% ../../nbs/study/part.ipynb #b2ff8c46
@@ -61,3 +78,9 @@ def within(self:Trial,
     if frame.empty: return frame
     keys, have = ["data", "network", "method", "ratio"], {(c.data, c.network, c.method, c.ratio) for c in self.cells}
     return frame[[key in have for key in zip(*(frame[k] for k in keys))]].reset_index(drop=True)
+
+# %% ../../nbs/study/part.ipynb #a17a2a8d
+@patch(as_prop=True)
+def seeds(self:Trial) -> set[int]:
+    "The seeds of its cells"
+    return {c.seed for c in self.cells}

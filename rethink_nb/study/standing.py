@@ -49,16 +49,17 @@ def _row(run:Run, store:Store) -> dict:
     far, error = store.progress(run.id) if status == "running" else None, store.error(run.id)
     return dict(run=run.id, what=run.label, status=status, now=f"epoch {far['epoch']} of {far['epochs']}" if far else "", error=error)
 
-# %% ../../nbs/study/standing.ipynb #261ad97b
+# %% ../../nbs/study/standing.ipynb #99dfde5f
 def standing(store:Store) -> str:
-    "A line that sums it up, what is running, and the error of each failure"
-    trials, seeing = stored_trials(store, ()), _detectors(store)
+    "A line that sums it up, what is running, the error of each failure, and which studies cannot be read"
+    left_out = []
+    trials, seeing = stored_trials(store, (), left_out.append), _detectors(store)
     frame = _framed(store, trials, seeing)
     n = Counter(frame.status)
     words = ", ".join(f"{n[k]} {k}" for k in ("done", "running", "failed", "diverged", "damaged", "waiting") if n[k])
     now = [f"{r.what}: {r.now or 'first epoch'}" for r in frame[frame.status == "running"].itertuples()]
     wrong = [f"{r.what}  {r.status}: {r.error}" for r in frame[frame.status.isin(["failed", "diverged", "damaged"])].itertuples()]
-    return "\n".join([f"{words} of {len(frame)} runs{_left(store, trials, seeing) if n['running'] or n['waiting'] else ''}", *now, *wrong])
+    return "\n".join([f"{words} of {len(frame)} runs{_left(store, trials, seeing) if n['running'] or n['waiting'] else ''}", *now, *wrong, *left_out])
 
 # %% ../../nbs/study/standing.ipynb #af2160bb
 def at_work(store:Store) -> bool:

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['Trial', 'stored_trials', 'grouped']
 
-# %% ../../nbs/study/trial.ipynb #08935cff
+# %% ../../nbs/study/trial.ipynb #30abd38c
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from copy import copy
 from functools import cache, cached_property, partial
 from pathlib import Path
@@ -84,10 +84,11 @@ def run(self:Trial,
         told(run_all(runs, self.store, workers, device, root, progress))
     return self
 
-# %% ../../nbs/study/trial.ipynb #00ce58d4
+# %% ../../nbs/study/trial.ipynb #8f79adf8
 def stored_trials(
     store:Store,
     ids:Iterable[str] | None=None, # of studies; none at all: all that were carried out there, if there are any; None: all, and a store without a study is refused
+    tell:Callable[[str], None]=lambda line: print(line, file=sys.stderr), # is told of studies that cannot be read
 ) -> list[Trial]:
     "Studies that were carried out in a store, those of one scale, margin and alpha together"
     paths, studies, left_out = [store/"studies"/f"{id}.json" for id in ids or ()] or sorted((store/"studies").glob("*.json")), [], []
@@ -97,7 +98,7 @@ def stored_trials(
         try: studies.append(Study.read(path))
         except UserError as e: left_out.append(str(e))
     if not studies: raise UserError(left_out[0])
-    for line in left_out: print(f"left out: {line}", file=sys.stderr)
+    for line in left_out: tell(f"left out: {line}")
     return grouped(studies, store)
 
 # %% ../../nbs/study/trial.ipynb #d52a27cc
