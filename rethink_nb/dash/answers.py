@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['against', 'verdicts', 'every_arm', 'beside_paper', 'missing', 'limits', 'under_way']
 
-# %% ../../nbs/dash/answers.ipynb #fa251245
+# %% ../../nbs/dash/answers.ipynb #25a9d31d
 from .records import batches_of
 from .state import State
 from .training import FINAL
-from .views import Control, figure_call, figure_view, view
+from .views import Control, figure_call, view
 from ..study.pages import command
 from ..study.standing import standing
 from ..study.status import report

@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['fig_scores', 'fig_difference']
 
-# %% ../../nbs/report/sites.ipynb #e596d994
-import pandas as pd
+# %% ../../nbs/report/sites.ipynb #7af3d2be
 import plotly.graph_objects as go
 
 from ..core.errors import UserError
