@@ -42,7 +42,7 @@ def opened(page, at, board):
     return State(at[0]/"runs")
 
 
-def numbers(traces): return sorted((t["name"], str([None if v != v else round(v, 6) if isinstance(v, float) else v for v in t["y"]])) for t in traces)
+def numbers(traces): return sorted((t["name"], str([None if v != v else round(float(v), 6) if isinstance(v, (int, float)) else v for v in t["y"]])) for t in traces)
 
 
 def agrees(page, board, view, state, **values):
