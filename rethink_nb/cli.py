@@ -316,7 +316,7 @@ def status(
         time.sleep(2)
         print("\033[H\033[J" if sys.stdout.isatty() else "", told(), sep="")
 
-# %% ../nbs/cli.ipynb #59d01872
+# %% ../nbs/cli.ipynb #02cd9087
 @command
 @call_parse
 def report(
@@ -338,7 +338,9 @@ def report(
     if scale and not study: raise UserError(f"scale {scale}: it is one of a study file: name the file, too")
     file = read_studies(study, scale) if study else None
     trials = [t.still() for t in (grouped(file.studies, Store(store)) if file else stored_trials(Store(store)))]
-    if not any((t.frame().status == "done").any() for t in trials): raise UserError(f"store {store} has no finished run of {study or 'its studies'}: {f'rethink-nb batch {study} carries it out' if study else 'give the folder that was named when the runs were made'}")
+    nothing = not any((t.frame().status == "done").any() for t in trials)
+    if nothing and (damaged := Store(store).records()[1]): raise UserError(damaged[0])
+    if nothing: raise UserError(f"store {store} has no finished run of {study or 'its studies'}: {f'rethink-nb batch {study} carries it out' if study else 'give the folder that was named when the runs were made'}")
     page = Path(out) if out else Path(store).parent/f"{'-'.join(filter(None, [file.path.stem, scale])) if file else 'report'}.html"
     made = write_results(trials, folder(page.parent, "out"), page.stem, file.title if file else "", inside=inside, latency=latency)
     print(*(t.summary() for t in trials), "\n".join(f"{what:<9} {path}" for what, path in made.items()), sep="\n\n")
