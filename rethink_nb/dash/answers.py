@@ -18,15 +18,17 @@ from ..study.status import report
 _BOARD = "verdicts"
 _COSTS = (("parameters", "params"), ("MACs of an image", "macs"), ("compute of the training, from nothing", "total_macs"), ("milliseconds on this machine (timed now)", "ms"), ("share removed", "ratio"))
 
-# %% ../../nbs/dash/answers.ipynb #339e7840
-@view(_BOARD, "Accuracy against cost", Control("x", "against", _COSTS), FINAL, code=lambda x, value: figure_call(*_against(x), value=value) if x in ("ms", "ratio") else figure_call("cost", x=x, value=value))
+# %% ../../nbs/dash/answers.ipynb #4aa86f25
+@view(_BOARD, "Accuracy against cost", Control("x", "against", _COSTS), FINAL, code=lambda x, value: figure_call(**_cost_figure(x, value)))
 def against(state:State, x:str, value:str):
     "Mean and interval of each arm over what it costs."
-    t = state.trial()
-    return [t.figure(*_against(x), value=value) if x in ("ms", "ratio") else t.figure("cost", x=x, value=value)]
+    return [state.trial().figure(**_cost_figure(x, value))]
 
-# %% ../../nbs/dash/answers.ipynb #f28a2a10
-def _against(x:str) -> list[str]: return [dict(ms="latency", ratio="ratios")[x]]
+# %% ../../nbs/dash/answers.ipynb #e6aa8a03
+def _cost_figure(x:str, value:str) -> dict:
+    "Which figure of a trial shows accuracy over a cost, and its options: time and ratio have figures of their own"
+    own = dict(ms="latency", ratio="ratios").get(x)
+    return dict(kind=own, value=value) if own else dict(kind="cost", x=x, value=value)
 
 # %% ../../nbs/dash/answers.ipynb #3de9dca8
 def _margins(state:State) -> tuple:
@@ -34,21 +36,20 @@ def _margins(state:State) -> tuple:
     points = state.trial().points
     return .05, max(5., 2*points), .05, points
 
-# %% ../../nbs/dash/answers.ipynb #7dc0ccc1
+# %% ../../nbs/dash/answers.ipynb #9a68d72d
 @view(_BOARD, "Verdicts", Control("margin", "margin, in points", span=_margins), code=lambda margin: f"trial.verdicts(margin={margin:g})")
 def verdicts(state:State, margin:float):
     "Equivalent: the whole interval lies within the margin. Better, worse: it does not, and excludes 0. Else undecided."
-    from rethink_nb.report.answers import verdict_table
+    from rethink_nb.report.answers import fell, verdict_table
     from rethink_nb.report.maps import fig_verdicts
     from rethink_nb.report.stats import statement
     t = state.trial()
     v = t.verdicts(margin)
     if v.empty: return ["No two arms can be compared in what is chosen."]
-    fell = ", ".join(f"{n} {k}" for k in ("equivalent", "better", "worse", "undecided") if (n := int((v.verdict == k).sum())))
     moved = [f"The studies have named a margin of {t.points:g} points beforehand; a margin chosen after looking is no test."] if round(margin, 6) != round(t.points, 6) else []
     picked = ["Only some of the seeds are chosen; runs that are picked after looking are no test either."] if state.chosen["seeds"] is not None else []
     named = [statement(row) for _, row in v[v.primary].iterrows()]
-    return [f"{len(v)} comparisons within {margin:g} points: {fell}.", *moved, *picked, *named, fig_verdicts(v), verdict_table(v)]
+    return [f"{len(v)} comparisons within {margin:g} points: {fell(v)}.", *moved, *picked, *named, fig_verdicts(v), verdict_table(v)]
 
 # %% ../../nbs/dash/answers.ipynb #9599cdbe
 @view(_BOARD, "Every arm", FINAL, code=lambda value: f"trial.table()\n{figure_call('arms', value=value)}")

@@ -27,10 +27,10 @@ SITE = Control("site", "layer", site_options)
 figure_view(_BOARD, "Channels over seeds", "channels", "Which channels of a layer each network keeps, a row a network and seed; the colour is the rank of a channel's score.", SITE)
 figure_view(_BOARD, "Scores", "scores", "The scores of a layer's channels, sorted: how sharp was the step between what stayed and what went?", SITE, Control("networks", "networks, at most", tuple((str(n), n) for n in (4, 8, 16))))
 
-# %% ../../nbs/dash/networks.ipynb #6f6af9b1
+# %% ../../nbs/dash/networks.ipynb #ac35500c
 def network_options(state:State) -> list:
     "Pruned networks, by label and seed"
-    return [(name, name) for name in (f"{x.label}, seed {x.seed}" for x in some_shapes(state.trial()))]
+    return [(x.name, x.name) for x in some_shapes(state.trial())]
 
 # %% ../../nbs/dash/networks.ipynb #bad7602e
 figure_view(_BOARD, "Cost of each layer", "costs", "What each layer costs before and after.", Control("network", "network", network_options), Control("value", "cost", (("MACs", "macs"), ("FLOPs", "flops"), ("parameters", "params"))))

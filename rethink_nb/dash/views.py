@@ -82,11 +82,12 @@ def view(board:str, name:str, *controls:Control, code:Callable | None=None, ever
         return func
     return named
 
-# %% ../../nbs/dash/views.ipynb #9d17650b
+# %% ../../nbs/dash/views.ipynb #c0d4a29f
 def figure_view(board:str, name:str, kind:str, what:str, *controls:Control):
     "Make a figure of the trial a view; its controls are the figure's options"
     draw = lambda state, **values: [state.trial().figure(kind, **values)]
-    VIEWS.setdefault(board, {})[name] = View(board, name, what, draw, controls, lambda **values: figure_call(kind, **values))
+    draw.__doc__ = what
+    view(board, name, *controls, code=lambda **values: figure_call(kind, **values))(draw)
 
 # %% ../../nbs/dash/views.ipynb #5cac30e1
 def figure_call(kind:str, **options) -> str:

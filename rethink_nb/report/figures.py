@@ -83,11 +83,11 @@ def _measured(frame, x, columns):
     parts = dict(train="training", val="validation", test="test")
     return pd.concat([frame.assign(at=frame[x], of=frame[c], on=parts[c.split("_")[0]]) for c in columns], ignore_index=True)
 
-# %% ../../nbs/report/figures.ipynb #96a79776
+# %% ../../nbs/report/figures.ipynb #b5af3b60
 def _over_seeds(frame):
     "Mean, lowest and highest value over the runs, at each epoch of an arm; the runs in words"
     words = [f"seed {s}, {run}: {v:.5g}" for s, run, v in zip(frame.seed, frame.run, frame.of)] if frame.seed.nunique() <= 20 else ""  # a longer list fits no screen
-    keys = ["network", "net", "cut", "panel", "arm", "on", "epoch"]
+    keys = ["network", "net", "cut", "arm", "on", "epoch"]
     groups = frame.assign(words=words).groupby(keys, sort=False, as_index=False)
     return groups.agg(x=("at", "mean"), y=("of", "mean"), lo=("of", "min"), hi=("of", "max"), runs=("words", lambda w: "<br>".join(filter(None, w))))
 
@@ -140,7 +140,7 @@ def fig_curves(curves, # the curve frame
     told = [dict(type="scatter", x=[None], y=[None], mode="lines", name=on, line=dict(color="#555555", dash=dash)) for on, dash in dashes.items()] if len(columns) > 1 else []
     return Grid(mean).figure([*lines, *more, *told], f"{words[0].upper()}{words[1:]}: mean over the seeds{'' if each else ', band from lowest to highest'}", _along[x], words)
 
-# %% ../../nbs/report/figures.ipynb #4ba7ec87
+# %% ../../nbs/report/figures.ipynb #564534d8
 def fig_arms(frame, # the trial frame
              value="test_acc", # the column shown
              alpha=.05, # the interval covers 1-alpha
@@ -150,7 +150,7 @@ def fig_arms(frame, # the trial frame
     _known(frame, value)
     runs = panelled(spread_parents(done(frame)))
     place = {arm: -i for i, arm in enumerate(arm_order(runs.arm))}
-    looks, mean = arm_looks(list(place)), _whiskers(summary(runs, ["net", "cut", "panel", "arm"], value, alpha), value)
+    looks, mean = arm_looks(list(place)), _whiskers(summary(runs, ["net", "cut", "arm"], value, alpha), value)
     means = [_mean(panel, arm, own, place[arm] + .12, looks, _digits(value)) for panel, (arm,), own in pieces(mean, "arm")]
     dots = [_dots(panel, arm, own, value, place[arm] - .22, looks) for panel, (arm,), own in pieces(runs, "arm")]
     for t in (*means, *dots): t |= dict(visible="legendonly") if t["name"] in hidden else {}
@@ -204,13 +204,13 @@ def _through(panel, arm, rows, x, looks, digits):
     return dict(type="scatter", panel=panel, name=arm, mode="lines+markers", x=rows[x].to_numpy(), y=rows["mean"].to_numpy(), error_y=_reach(rows), line=dict(color=color, width=1.5), marker=dict(color=color, symbol=looks[1][arm], size=10),
                 customdata=rows[["n", "sd", "lo", "hi", "removed"]].to_numpy(), hovertemplate=_MEAN.format(at="y", d=digits, more="<br>%{customdata[4]} removed, at %{x:.4s}"), columns=["n", "sd", "lo", "hi", "removed"])
 
-# %% ../../nbs/report/figures.ipynb #7333d3da
+# %% ../../nbs/report/figures.ipynb #cd6a25aa
 def _cost_points(frame, x, value, alpha):
     "Mean, interval and mean cost per arm and ratio; the parent once for each method, at ratio 0"
     runs = spread_parents(done(frame))
     runs = runs.assign(ratio=runs.ratio.where(runs.arm != "parent", 0.)).drop_duplicates(["data", "network", "method", "ratio", "arm", "run"])
     runs = panelled(runs, ratio=False)
-    keys = ["net", "cut", "panel", "arm", "ratio"]
+    keys = ["net", "cut", "arm", "ratio"]
     found = summary(runs, keys, value, alpha)
     return found if x in keys else found.merge(runs.groupby(keys, as_index=False)[x].mean())
 

@@ -15,15 +15,15 @@ from ..core.errors import UserError
 from .stats import from_smallest, level_words
 from .tables import arm_order
 
-# %% ../../nbs/report/grid.ipynb #bf68b616
+# %% ../../nbs/report/grid.ipynb #cc2e6c45
 def panelled(frame, ratio=True):
-    "The frame, refused when empty, with the words of its panels: `net` (and data set), `cut` (method and, if asked, ratio), and both as `panel`"
+    "The frame, refused when empty, with the words of its panels: `net` (and data set) and `cut` (method and, if asked, ratio)"
     if frame.empty: raise UserError("nothing to draw: the frame holds no row for this figure")
     frame = frame.sort_values(["network", "method", "ratio"], kind="stable", key=from_smallest)  # prices, too, from the smallest
     net = frame.network + " on " + frame["data"] if "data" in frame else frame.network
     net = net.map({words: "<br>".join(wrap(words, 34, break_on_hyphens=False)) for words in net.unique()})  # a row title as long as its row is high
     cut = (frame.method + frame.ratio.map({r: f" {level_words(r)}" + (" removed" if r >= 0 else "") for r in frame.ratio.unique()})) if ratio else frame.method
-    return frame.assign(net=net, cut=cut, panel="<b>" + cut + "</b><br>" + net)
+    return frame.assign(net=net, cut=cut)
 
 # %% ../../nbs/report/grid.ipynb #cf683145
 def pieces(frame, *by):
@@ -92,10 +92,7 @@ def titles(self:Grid, across, down) -> list[dict]:
     beside = [dict(text=f"<b>{net}</b>", x=.98, y=sum(down[row])/2, xanchor="left", yanchor="middle", textangle=90, **look) for row, net in enumerate(self.nets)]
     return [*(above(folded(cut, room), 0, column) for column, cut in enumerate(self.cuts)), *beside]
 
-# %% ../../nbs/report/grid.ipynb #03390f5c
-def _lines_of(words:str) -> int: return words.count("<br>") + 1
-
-# %% ../../nbs/report/grid.ipynb #3fccd1bf
+# %% ../../nbs/report/grid.ipynb #2789f803
 @patch
 def figure(self:Grid,
     traces:list[dict], # with `panel`, or without for what stands in the legend only
@@ -108,10 +105,11 @@ def figure(self:Grid,
     **layout, # more of the figure's
 ) -> go.Figure:
     "The panels with their traces"
-    tall = max(_lines_of(a["text"]) for a in (*self.titles(_spans(self.wide, .03), _spans(self.deep, .1)),) if not a.get("textangle"))
+    made = self.layout(x, y, xaxis or {}, yaxis or {})
+    tall = max(a["text"].count("<br>") + 1 for a in made["annotations"] if "textangle" not in a)  # lines of the highest title
     lines = 0 if self.wraps else max(net.count("<br>") for net in self.nets)  # of the titles of rows, which stand at the right
     whole = dict(template="rethink", height=self.height*self.deep + 150 + 18*max(tall - 2, 0), title=dict(text=title), margin=dict(t=80 + 18*max(tall - 2, 0)), legend=dict(title=dict(text=legend, font=dict(size=13)), x=1.02 + .02*lines, tracegroupgap=0))
-    return go.Figure(dict(data=self._placed(traces), layout=self.layout(x, y, xaxis or {}, yaxis or {}) | whole | layout))
+    return go.Figure(dict(data=self._placed(traces), layout=made | whole | layout))
 
 # %% ../../nbs/report/grid.ipynb #d4a0baf2
 def _flat(panel) -> str:

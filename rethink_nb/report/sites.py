@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['fig_scores', 'fig_difference']
 
-# %% ../../nbs/report/sites.ipynb #7af3d2be
+# %% ../../nbs/report/sites.ipynb #8baff9a1
 import plotly.graph_objects as go
+from plotly.subplots import make_subplots
 
 from ..core.errors import UserError
 from .networks import _mark_stages, _needed
 
-# %% ../../nbs/report/sites.ipynb #802fbb80
+# %% ../../nbs/report/sites.ipynb #f556fb68
 _KEPT = {True: ("kept", "#0072B2"), False: ("removed", "#cfcfcf")}
 
 def fig_scores(frame, # columns site (of one network, or several networks' one site), channel, kept, score
@@ -21,26 +22,16 @@ def fig_scores(frame, # columns site (of one network, or several networks' one s
     rows = _needed(frame, "site", "channel", "kept", "score")
     rows = rows[rows.score.notna()]
     if rows.empty: raise UserError("nothing to draw: this method gives channels no scores")
-    fig = go.Figure()
-    for i, (site, own) in enumerate(rows.groupby("site", sort=False)):
+    sites = list(dict.fromkeys(rows.site))
+    fig = make_subplots(len(sites), 1, shared_xaxes=True, subplot_titles=sites, vertical_spacing=min(.12, .5/len(sites)))
+    for i, (site, own) in enumerate(rows.groupby("site", sort=False), 1):
         own = own.sort_values("score", ascending=False).reset_index(drop=True)
-        axes = dict(xaxis=f"x{i + 1 if i else ''}", yaxis=f"y{i + 1 if i else ''}")
         for kept, (words, color) in _KEPT.items():
             part = own[own.kept == kept]
-            fig.add_bar(x=part.index, y=part.score, name=words, legendgroup=words, showlegend=i == 0, marker_color=color, customdata=part.channel, hovertemplate=f"{site}<br>channel %{{customdata}}, score %{{y:.4g}}, {words}<extra></extra>", **axes)
-    return _in_rows(fig, list(dict.fromkeys(rows.site)), title)
-
-# %% ../../nbs/report/sites.ipynb #eb9fb44c
-def _in_rows(fig, names, title, high=170):
-    "Panels one below the other, their names above them"
-    n = len(names)
-    gap = min(.12, .5/n)
-    share = (1 - gap*(n - 1))/n
-    for i, name in enumerate(names):
-        top, at = 1 - i*(share + gap), i + 1 if i else ""
-        fig.update_layout({f"yaxis{at}": dict(domain=[max(top - share, 0), top], anchor=f"x{at}"), f"xaxis{at}": dict(anchor=f"y{at}", showticklabels=i == n - 1, title=dict(text="channels, by their score" if i == n - 1 else ""))})
-        fig.add_annotation(text=f"<b>{name}</b>", x=0, xref="paper", xanchor="left", y=top, yref="paper", yanchor="bottom", showarrow=False, font_size=13)
-    return fig.update_layout(template="rethink", title=title, height=high*n + 150, barmode="overlay", bargap=.1)
+            bars = go.Bar(x=part.index, y=part.score, name=words, legendgroup=words, showlegend=i == 1, marker_color=color, customdata=part.channel, hovertemplate=f"{site}<br>channel %{{customdata}}, score %{{y:.4g}}, {words}<extra></extra>")
+            fig.add_trace(bars, i, 1)
+    fig.update_xaxes(title_text="channels, by their score", row=len(sites))
+    return fig.update_layout(template="rethink", title=title, height=170*len(sites) + 150, barmode="overlay", bargap=.1)
 
 # %% ../../nbs/report/sites.ipynb #bf67b651
 def fig_difference(frame, # columns network, site, stage, width, full: of both networks

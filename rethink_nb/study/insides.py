@@ -76,7 +76,7 @@ def _density(parts:list[torch.Tensor], edges:torch.Tensor) -> torch.Tensor:
     values = torch.cat(parts).clamp(edges[0], edges[-1])
     return torch.histogram(values, edges).hist/len(values)/(edges[1] - edges[0])
 
-# %% ../../nbs/study/insides.ipynb #433ea1a3
+# %% ../../nbs/study/insides.ipynb #a5650499
 def positions_frame(
     studies:Iterable[Study],
     store:Store,
@@ -91,15 +91,8 @@ def positions_frame(
         if s.counts != {}: continue
         for ratio in s.levels:
             done = done_prunings(s, ratio, store, among)[:seeds]
-            rows += [dict(data=s.data, network=s.network, method=s.way, ratio=ratio, **row) for id in done for row in _places(_masks(store, id), s.base)]
+            rows += [dict(data=s.data, network=s.network, method=s.way, ratio=ratio, **row) for id in done for row in _places(store.own_masks(id), s.base)]
     return DataFrame(rows)
-
-# %% ../../nbs/study/insides.ipynb #c3d3b657
-def _masks(store:Store, id:str) -> dict[str, torch.Tensor]:
-    "The masks of a pruning, refused when they are gone"
-    found = store.masks(id)
-    if found is None: raise UserError(f"{store/id}: damaged: the masks of this pruning are not there; remove the folder to have it run again")
-    return found
 
 # %% ../../nbs/study/insides.ipynb #61b856af
 def _places(masks:dict[str, torch.Tensor], arch:Arch) -> list[dict]:

@@ -127,17 +127,17 @@ def sections(self:Trial,
             (_HEADINGS["arms"], self.drawn("arms")), ("Every arm", [shown(self.table()), *filter(None, [self.unfinished()])]), *self.lost_section(), ("Beyond accuracy", self.beyond()), *((_HEADINGS[k], self.drawn(k)) for k in self.fitting(inside, latency)),
             ("Smaller and masked network", str(self.exactness())), ("Beside the paper's numbers", self.beside_paper()), ("How to make it again", self.commands())]
 
-# %% ../../nbs/study/pages.ipynb #9ad609c7
+# %% ../../nbs/study/pages.ipynb #17fd10b8
 @patch
 def verdict_lines(self:Trial) -> list[str]:
     "How the verdicts have fallen, those on primary comparisons, and sign tests over the rows"
+    from rethink_nb.report.answers import fell
     from rethink_nb.report.multiple import sign_test
     from rethink_nb.report.stats import statement
     v = self.verdicts()
-    fell = ", ".join(f"{n} {k}" for k in ("equivalent", "better", "worse", "undecided") if (n := int((v.verdict == k).sum())))
     signs = [f"Over the rows, {a} against {b}: {sign_test(v, a, b, self.alpha)}" for (a, b), rows in v.groupby(["arm_a", "arm_b"], sort=False) if len(rows) > 5] # of five rows none can be more than chance
     shared = ["Rows that share runs lean on one another, so these tests are no more than a hint."] if signs else []
-    return [f"{len(v)} comparisons: {fell}" if len(v) else "No two arms can be compared yet.", *(statement(row) for _, row in v[v.primary].iterrows()), *signs, *shared]
+    return [f"{len(v)} comparisons: {fell(v)}" if len(v) else "No two arms can be compared yet.", *(statement(row) for _, row in v[v.primary].iterrows()), *signs, *shared]
 
 # %% ../../nbs/study/pages.ipynb #cc4cb892
 @patch

@@ -23,7 +23,7 @@ from ..surgery.frames import channel_frame, cost_frame, site_frame
 from ..surgery.plan import Plan
 from ..training.device import pick_device
 
-# %% ../../nbs/study/shapes.ipynb #7b82981f
+# %% ../../nbs/study/shapes.ipynb #91d36980
 @dataclass(frozen=True)
 class Shape:
     "A pruned architecture, and what it came from"
@@ -37,6 +37,8 @@ class Shape:
 
     @property
     def label(self) -> str: return f"{self.method} {level_words(self.ratio)}"
+    @property
+    def name(self) -> str: return f"{self.label}, seed {self.seed}"
 
 # %% ../../nbs/study/shapes.ipynb #4561c7cb
 @patch
@@ -64,17 +66,17 @@ def widths_of(
     mean = rows.groupby(["network", "site", "kind", "stage"], sort=False, as_index=False)[["width", "full"]].mean().round(1)
     return mean.astype({k: int for k in ("width", "full") if (mean[k] % 1 == 0).all()})
 
-# %% ../../nbs/study/shapes.ipynb #c70574af
+# %% ../../nbs/study/shapes.ipynb #b5dc82e9
 def plan_of(x:Shape, store:Store) -> tuple[Arch, Plan]:
     "What the pruning decided, and the architecture that it was made for"
     plan = store.plan(x.run) if x.done else None
-    if plan is None: raise UserError(f"{x.label}, seed {x.seed} is not pruned yet")
+    if plan is None: raise UserError(f"{x.name} is not pruned yet")
     start = (store.record(x.run) or {}).get("start", "")
     for arch in (x.parent, *([store.arch(start)] if start and store.record(start) else [])):
         if arch.id == plan.parent: return arch, plan
-    raise UserError(f"{x.label}, seed {x.seed}: the network that it was pruned from is not in {store.path}")
+    raise UserError(f"{x.name}: the network that it was pruned from is not in {store.path}")
 
-# %% ../../nbs/study/shapes.ipynb #f705c326
+# %% ../../nbs/study/shapes.ipynb #9bd025fd
 def strips(
     shapes:list[Shape],
     site:str,
@@ -87,7 +89,7 @@ def strips(
         if not x.done: continue
         arch, plan = plan_of(x, store)
         own = channel_frame(arch, plan).query("site == @site")
-        parts.append(own.assign(site=f"{x.label}, seed {x.seed}", stage=0))
+        parts.append(own.assign(site=x.name, stage=0))
     return concat([p for p in parts if len(p)], ignore_index=True) if any(map(len, parts)) else DataFrame(columns=["site", "stage", "channel", "kept", "score"])
 
 # %% ../../nbs/study/shapes.ipynb #d8a8bd74
@@ -132,10 +134,10 @@ def costs(t:Trial,
     x = _named(some_shapes(t), network)
     return fig_layer_costs(cost_frame(x.parent, x.parent.count(), x.arch.count()), value)
 
-# %% ../../nbs/study/shapes.ipynb #5bb3d220
+# %% ../../nbs/study/shapes.ipynb #c4733b2e
 def _named(shapes:list[Shape], name:str) -> Shape:
     "A shape by its label and seed"
-    found = {f"{x.label}, seed {x.seed}": x for x in shapes}
+    found = {x.name: x for x in shapes}
     if name and name not in found: raise UserError(f"there is no network {name!r}: there are {'; '.join(found)}")
     return found[name] if name else shapes[0]
 

@@ -140,13 +140,19 @@ def masks(self:Store, id:str) -> dict[str, torch.Tensor] | None:
     plan = self.plan(id)
     return {k: m.tensor() for k, m in plan.masks.items()} or None if plan else None
 
-# %% ../../nbs/study/store.ipynb #9a9bc8ea
+# %% ../../nbs/study/store.ipynb #90b9d907
+@patch
+def own_masks(self:Store, id:str) -> dict[str, torch.Tensor]:
+    "The masks of a pruning that has some; where they are gone, it is refused by its name"
+    if (found := self.masks(id)) is None: raise UserError(f"{self/id}: damaged: the masks of this pruning are not there; remove the folder to have it run again")
+    return found
+
+# %% ../../nbs/study/store.ipynb #44f7eb01
 @patch
 def kept(self:Store, id:str) -> dict[str, tuple[int, int]]:
     "By layer how many weights a pruning left, of how many; a damaged run is refused by its name"
     found = (self.record(id) or {}).get("kept") # a record from before this was noted has it in its masks alone
-    if found is None and (masks := self.masks(id)) is None: raise UserError(f"{self/id}: damaged: the masks of this pruning are not there; remove the folder to have it run again")
-    return {k: tuple(v) for k, v in (found or _kept(masks)).items()}
+    return {k: tuple(v) for k, v in (found or _kept(self.own_masks(id))).items()}
 
 # %% ../../nbs/study/store.ipynb #813952fc
 def _kept(masks:dict[str, torch.Tensor]) -> dict[str, tuple[int, int]]: return {k.removesuffix(".weight"): (int(m.sum()), m.numel()) for k, m in masks.items()}
