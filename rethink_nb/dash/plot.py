@@ -19,8 +19,8 @@ from traitlets import Unicode
 
 from ..report.points import points_frame
 
-# %% ../../nbs/dash/plot.ipynb #5ad0b1b3
-_JS = """
+# %% ../../nbs/dash/plot.ipynb #c8d53353
+_LOADING = """
 const KEY = "rethink_nb: plotly.js"
 
 function plotly(model) { // once a page; asked for again when no kernel has answered
@@ -43,7 +43,10 @@ function plotly(model) { // once a page; asked for again when no kernel has answ
   })
   return now.promise
 }
+"""
 
+# %% ../../nbs/dash/plot.ipynb #911a9e10
+_DARK = """
 const dark = () => document.body.dataset.jpThemeLight === "false"
 
 function lighter(color) { // what is dark on dark, in its own hue
@@ -61,7 +64,10 @@ function darkened(x) {
   if (x && typeof x === "object") return "bdata" in x ? x : Object.fromEntries(Object.entries(x).map(([k, v]) => [k, darkened(v)]))
   return x
 }
+"""
 
+# %% ../../nbs/dash/plot.ipynb #752fc856
+_SAVING = """
 function saved(name, url) {
   const a = document.createElement("a")
   a.href = url
@@ -69,6 +75,43 @@ function saved(name, url) {
   a.click()
 }
 
+function saving({model, at, bar, text, Plotly}) {
+  const plain = () => JSON.parse(model.get("figure"))
+  const size = () => ({width: at.clientWidth || 1000, height: at.clientHeight || 600})
+  const image = async format => saved(`${model.get("name")}.${format}`, await Plotly.toImage(dark() ? plain() : at, {format, ...size(), scale: format === "png" ? 2 : 1})) // for paper it is light
+  const button = (words, title, act) => {
+    const b = document.createElement("button")
+    b.textContent = words
+    b.title = title
+    b.setAttribute("aria-label", title)
+    b.onclick = act
+    bar.append(b)
+    return b
+  }
+  button("SVG", "Save this figure as SVG", () => image("svg"))
+  button("PNG", "Save this figure as PNG", () => image("png"))
+  let asked = false // by this view, where there are several
+  button("CSV", "Save the numbers of this figure as CSV", () => { asked = true; model.send({kind: "csv"}) })
+  const code = button("Python", "Show the Python that makes this figure, and copy it", () => {
+    text.hidden = !text.hidden
+    code.setAttribute("aria-expanded", !text.hidden)
+    if (!text.hidden) navigator.clipboard?.writeText(model.get("code")).catch(() => {})
+  })
+  code.setAttribute("aria-expanded", "false")
+  const told = msg => {
+    if (msg.kind !== "csv" || !asked) return
+    asked = false
+    const url = URL.createObjectURL(new Blob([msg.text], {type: "text/csv"}))
+    saved(`${model.get("name")}.csv`, url)
+    setTimeout(() => URL.revokeObjectURL(url), 10000)
+  }
+  model.on("msg:custom", told)
+  return {plain, code, ended: () => model.off("msg:custom", told)}
+}
+"""
+
+# %% ../../nbs/dash/plot.ipynb #bd21677e
+_DRAWING = """
 export default {
   async render({model, el}) {
     const at = document.createElement("div"), bar = document.createElement("div"), text = document.createElement("pre")
@@ -80,36 +123,7 @@ export default {
     el.append(at, bar, text)
     let Plotly
     try { Plotly = await plotly(model) } catch (e) { at.textContent = "plotly.js cannot be started: " + e; return }
-    const plain = () => JSON.parse(model.get("figure"))
-    const size = () => ({width: at.clientWidth || 1000, height: at.clientHeight || 600})
-    const image = async format => saved(`${model.get("name")}.${format}`, await Plotly.toImage(dark() ? plain() : at, {format, ...size(), scale: format === "png" ? 2 : 1})) // for paper it is light
-    const button = (words, title, act) => {
-      const b = document.createElement("button")
-      b.textContent = words
-      b.title = title
-      b.setAttribute("aria-label", title)
-      b.onclick = act
-      bar.append(b)
-      return b
-    }
-    button("SVG", "Save this figure as SVG", () => image("svg"))
-    button("PNG", "Save this figure as PNG", () => image("png"))
-    let asked = false // by this view, where there are several
-    button("CSV", "Save the numbers of this figure as CSV", () => { asked = true; model.send({kind: "csv"}) })
-    const code = button("Python", "Show the Python that makes this figure, and copy it", () => {
-      text.hidden = !text.hidden
-      code.setAttribute("aria-expanded", !text.hidden)
-      if (!text.hidden) navigator.clipboard?.writeText(model.get("code")).catch(() => {})
-    })
-    code.setAttribute("aria-expanded", "false")
-    const told = msg => {
-      if (msg.kind !== "csv" || !asked) return
-      asked = false
-      const url = URL.createObjectURL(new Blob([msg.text], {type: "text/csv"}))
-      saved(`${model.get("name")}.csv`, url)
-      setTimeout(() => URL.revokeObjectURL(url), 10000)
-    }
-    model.on("msg:custom", told)
+    const {plain, code, ended} = saving({model, at, bar, text, Plotly})
     let heard = false
     const draw = async () => {
       const fig = plain()
@@ -134,7 +148,7 @@ export default {
     theme.observe(document.body, {attributes: true, attributeFilter: ["data-jp-theme-light"]})
     return () => {
       model.off("change:figure", draw)
-      model.off("msg:custom", told)
+      ended()
       resized.disconnect()
       theme.disconnect()
       Plotly.purge(at)
@@ -156,10 +170,10 @@ _CSS = """
 @cache
 def _plotlyjs() -> bytes: return get_plotlyjs().encode()
 
-# %% ../../nbs/dash/plot.ipynb #12b0e8f6
+# %% ../../nbs/dash/plot.ipynb #b9c3691a
 class Plot(AnyWidget):
     "A figure, buttons that save it (SVG, PNG, its numbers as CSV), and the Python that makes it"
-    _esm, _css = _JS, _CSS
+    _esm, _css = _LOADING + _DARK + _SAVING + _DRAWING, _CSS
     figure = Unicode("{}", help="the figure as plotly's JSON; {}: none").tag(sync=True)
     code = Unicode("", help="Python that makes it").tag(sync=True)
     name = Unicode("figure", help="of saved files").tag(sync=True)
