@@ -13,7 +13,7 @@ from ..arch.spec import Arch, Site
 from .mask import masked
 from .plan import Plan, owned, selected
 
-# %% ../../nbs/surgery/constants.ipynb #68074ca8
+# %% ../../nbs/surgery/constants.ipynb #729c0289
 def leftovers(
     net:nn.Module, # with its `.arch`; left as it is
     plan:Plan,
@@ -24,7 +24,7 @@ def leftovers(
     dead = buried(arch, kept)
     filters = [s for n, s in owned(arch).items() if n in kept and s.block not in dead] if plan.constants else []
     if not dead and not filters: return {}
-    big = masked(net, plan).eval()
+    big = masked(net, plan).cpu().eval() # on a GPU single precision may be TF32, too coarse for what a network keeps
     seen = _watch(big, {*dead, *(m for s in filters for m in (*s.ins, *_end(s)))})
     found = {f"{block}.rest": big.get_submodule(block).branch(seen[block][0])[0] for block in dead}
     for s in filters:
