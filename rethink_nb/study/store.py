@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Store', 'environment']
 
-# %% ../../nbs/study/store.ipynb #87cd27db
+# %% ../../nbs/study/store.ipynb #f13d94bc
 import hashlib, json, os, platform, shutil
 from collections.abc import Iterable
 from datetime import datetime, timezone
@@ -26,8 +26,9 @@ from ..core.errors import UserError
 from ..core.files import folder, write_bytes, write_text
 from ..core.record import read_json
 from .step import Run
+from ..surgery.cut import cut
 from ..surgery.plan import Plan
-from ..surgery.saved import load, read_weights, save
+from ..surgery.saved import load, read_weights, save, weights_of
 from ..training.checkpoint import CHECKPOINTS
 from ..training.ledger import Cost
 
@@ -104,13 +105,21 @@ def records(self:Store) -> tuple[list[dict], list[str]]:
         except UserError as e: bad.append(str(e))
     return good, bad
 
-# %% ../../nbs/study/store.ipynb #6b084dfe
+# %% ../../nbs/study/store.ipynb #042b61d5
 @patch
 def network(self:Store, id:str) -> nn.Module:
     "The trained or pruned network of a run"
     record = self.record(id)
     if record is None or record["status"] != "done": raise UserError(f"{self.path} has no finished run {id}")
-    return load(self/id, record["weights_sha256"])
+    return load(self/id, record["weights_sha256"]) if (self/id/"weights.safetensors").exists() or not self.plan(id) else self._cut_again(record)
+
+# %% ../../nbs/study/store.ipynb #5fff5c4e
+@patch
+def _cut_again(self:Store, record:dict) -> nn.Module:
+    "The network of a pruning whose weights were left out: the one that was there, to the bit, or a refusal"
+    net, at = cut(self.network(record["start"]), self.plan(record["id"])), self/record["id"]
+    if hashlib.sha256(weights_of(net)).hexdigest() != record["weights_sha256"]: raise UserError(f"{at/'weights.safetensors'}: missing, and the plan alone does not give it again; remove the folder {at} to have it run again")
+    return net
 
 # %% ../../nbs/study/store.ipynb #d2804db1
 @patch
