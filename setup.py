@@ -26,7 +26,7 @@ setup(
     keywords=cfg["keywords"],
     packages=[*find_packages(include=["rethink_nb", "rethink_nb.*"]), "rethink_nb.experiments", "rethink_nb.dashboards"],
     package_dir={"rethink_nb.experiments": "nbs/experiments", "rethink_nb.dashboards": "nbs/dashboards"},
-    package_data={"rethink_nb": ["py.typed"], "rethink_nb.experiments": ["*.ipynb", "*.toml"], "rethink_nb.dashboards": ["*.ipynb"], "rethink_nb.dash": ["example.tar.xz"]},
+    package_data={"rethink_nb": ["py.typed"], "rethink_nb.experiments": ["*.ipynb", "*.toml"], "rethink_nb.dashboards": ["*.ipynb"], "rethink_nb.dash": ["example.tar.xz", "plotly-cartesian.*"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
     extras_require=extras,

@@ -345,7 +345,7 @@ def report(
     made = write_results(trials, folder(page.parent, "out"), page.stem, file.title if file else "", inside=inside, latency=latency)
     print(*(t.summary() for t in trials), "\n".join(f"{what:<9} {path}" for what, path in made.items()), sep="\n\n")
 
-# %% ../nbs/cli.ipynb #bf547532
+# %% ../nbs/cli.ipynb #51d618f2
 @command
 @call_parse
 def dash(
@@ -358,12 +358,12 @@ def dash(
 ):
     "Open a dashboard in JupyterLab"
     from rethink_nb.core.files import folder
-    from rethink_nb.dash.pages import lab_command, start, write_dashboard
+    from rethink_nb.dash.pages import lab_command, start, voila_template, write_dashboard
     if store and not Path(store).is_dir(): raise UserError(f"store {store}: {'a file, not a folder' if Path(store).exists() else 'no such folder'}")
     if not 1 <= port <= 65535: raise UserError(f"port {port}: give a number from 1 to 65535")
     words = lab_command(folder(out, "out")/f"{board}.ipynb", port, not no_browser, voila)
     write_dashboard(board, store, out)
-    start(words)
+    start(words, str(voila_template((Path(out)/".voila").resolve())) if voila else "")
 
 # %% ../nbs/cli.ipynb #d8c6b779
 def main(argv:list[str] | None=None) -> int: # exit code

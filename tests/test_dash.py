@@ -8,6 +8,7 @@ from rethink_nb import dash
 from rethink_nb.core.errors import UserError
 from rethink_nb.dash import State, app # noqa: F401 (app registers the views)
 from rethink_nb.dash.example import example_store
+from rethink_nb.dash.pages import lab_command
 from rethink_nb.dash.views import VIEWS, shown
 from rethink_nb.study import Store
 
@@ -162,11 +163,14 @@ def test_a_state_needs_no_widgets():
     (["curves", "--store", "nowhere"], "store nowhere: no such folder"),
     (["curves", "--port", "0"], "port 0: give a number from 1 to 65535"),
     (["curves", "--out", "here.txt"], "here.txt"),
-    (["verdicts", "--voila"], "pip install 'rethink_nb[dash]'"),
 ])
 def test_a_dashboard_that_cannot_be_opened_is_refused_in_a_line(tmp_path, words, answer):
     (tmp_path/"here.txt").write_text("")
-    if "--voila" in words and shutil.which("voila"): pytest.skip("voila is installed")
     done = child("rethink-nb", "dash", *words, cwd=tmp_path, timeout=120)
     assert done.returncode == 2 and answer in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.output
-    if "--voila" not in words: assert not (tmp_path/"dashboards").exists()
+    assert not (tmp_path/"dashboards").exists()
+
+
+def test_without_voila_it_is_said_how_to_get_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.executable", str(tmp_path/"python"))
+    with pytest.raises(UserError, match=r"voila is not installed: pip install 'rethink_nb\[dash\]'"): lab_command(tmp_path/"curves.ipynb", voila=True)

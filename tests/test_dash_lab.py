@@ -1,5 +1,6 @@
 "The dashboards in real JupyterLab, in a headless browser: every control, against the store; a click; a page that is loaded anew; nothing that leaves the machine."
-import json, shutil
+import json, os, shutil, signal, socket, subprocess, sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -7,7 +8,7 @@ from conftest import ROOT
 from rethink_nb.dash import State, app # noqa: F401 (app registers the views)
 from rethink_nb.dash.example import example_store
 from rethink_nb.dash.views import VIEWS, shown
-from rethink_nb.testing.lab import browser, install_chromium, lab, open_notebook, plots, ready, run_all, wait_for
+from rethink_nb.testing.lab import browser, free_port, install_chromium, lab, open_notebook, plots, ready, run_all, wait_for
 
 pytestmark = pytest.mark.slow
 BOARDS = ("architectures", "curves", "verdicts")
@@ -225,3 +226,28 @@ def test_by_keys_alone(page, at):
     page.keyboard.press("Space")
     state.choose(methods=[m for m in state.options("methods") if m != reached])
     agrees(page, "curves", "Curves", state)
+
+
+def test_voila_serves_a_page_that_asks_no_other_host(tmp_path):
+    "Same checks, once: the figure is what the store holds, a choice changes it"
+    if not install_chromium(): pytest.skip("no Chromium, and none could be installed")
+    if not (Path(sys.executable).parent/"voila").exists(): pytest.skip("voila is not installed")
+    port, state = free_port(), State(shutil.copytree(example_store().path, tmp_path/"runs"))
+    words = [Path(sys.executable).parent/"rethink-nb", "dash", "curves", "--store", "runs", "--voila", "--no-browser", "--port", str(port)]
+    with open(tmp_path/"log", "w") as log: p = subprocess.Popen(words, cwd=tmp_path, stdout=log, stderr=log, start_new_session=True)
+    try:
+        with browser() as (page, outside):
+            wait_for(lambda: socket_open(port), "Voila does not listen", 90)
+            page.goto(f"http://127.0.0.1:{port}/", timeout=90_000)
+            wait_for(lambda: plots(page), f"no figure came: {(tmp_path/'log').read_text()[-500:]}", 90)
+            agrees(page, "curves", "Curves", state)
+            press(page, "scratch-b")
+            agrees(page, "curves", "Curves", state.choose(arms=[a for a in state.options("arms") if a != "scratch-b"]))
+            press(page, "Final accuracy")
+            agrees(page, "curves", "Final accuracy", state)
+            assert not outside, outside
+    finally: os.killpg(p.pid, signal.SIGTERM)
+
+
+def socket_open(port):
+    with socket.socket() as s: return not s.connect_ex(("127.0.0.1", port))

@@ -18,11 +18,11 @@ from ..study.status import report
 _BOARD = "verdicts"
 _COSTS = (("parameters", "params"), ("MACs of an image", "macs"), ("compute of the training, from nothing", "total_macs"), ("milliseconds on this machine (timed now)", "ms"), ("share removed", "ratio"))
 
-# %% ../../nbs/dash/answers.ipynb #4aa86f25
+# %% ../../nbs/dash/answers.ipynb #e92a44c9
 @view(_BOARD, "Accuracy against cost", Control("x", "against", _COSTS), FINAL, code=lambda x, value: figure_call(**_cost_figure(x, value)))
 def against(state:State, x:str, value:str):
     "Mean and interval of each arm over what it costs."
-    return [state.trial().figure(**_cost_figure(x, value))]
+    return [state.trial().plotted(**_cost_figure(x, value))]
 
 # %% ../../nbs/dash/answers.ipynb #e6aa8a03
 def _cost_figure(x:str, value:str) -> dict:
@@ -51,13 +51,13 @@ def verdicts(state:State, margin:float):
     named = [statement(row) for _, row in v[v.primary].iterrows()]
     return [f"{len(v)} comparisons within {margin:g} points: {fell(v)}.", *moved, *picked, *named, fig_verdicts(v), verdict_table(v)]
 
-# %% ../../nbs/dash/answers.ipynb #9599cdbe
+# %% ../../nbs/dash/answers.ipynb #c431d904
 @view(_BOARD, "Every arm", FINAL, code=lambda value: f"trial.table()\n{figure_call('arms', value=value)}")
 def every_arm(state:State, value:str):
     "Accuracy with its interval, size and cost of each arm."
     from rethink_nb.report.tables import shown
     t = state.trial()
-    return [t.figure("arms", value=value), shown(t.table())]
+    return [t.plotted("arms", value=value), shown(t.table())]
 
 # %% ../../nbs/dash/answers.ipynb #2ca122f5
 @view(_BOARD, "Beside the paper", code=lambda: "trial.beside_paper()")

@@ -23,7 +23,7 @@ from .state import ONE, SEVERAL, State
 from .views import CLICKS, VIEWS, View
 from ..study.store import Store
 
-# %% ../../nbs/dash/app.ipynb #68fffb6f
+# %% ../../nbs/dash/app.ipynb #06e04635
 class Dashboard(VBox):
     "Choices above, a view below"
     def __init__(self,
@@ -32,19 +32,20 @@ class Dashboard(VBox):
         view:str="", # shown at first; empty: the first
         **choices, # of the state: scale, data, network; methods, ratios, arms, seeds
     ):
-        self.board, self.views, self.values, self.took = board, VIEWS[board], {}, 0.
+        self.board, self.views, self.values, self.took, self.page = board, VIEWS[board], {}, 0., Page(self._clicked)
+        if _in_kernel(): self.page.begin()
         self.state = State(store, **choices)
         if view and view not in self.views: raise UserError(f"there is no view {view!r}: there are {', '.join(self.views)}")
         self._bar()
-        self.page, self.controls, self.what = Page(self._clicked), HBox(layout=Layout(flex_flow="row wrap")), HTML()
+        self.controls, self.what = HBox(layout=Layout(flex_flow="row wrap")), HTML()
         self.pages = ToggleButtons(options=list(self.views), value=view or next(iter(self.views)), style=dict(button_width="auto"))
         self.pages.add_class("rethink-pages")
         self.pages.observe(lambda change: self.go(change["new"]), "value")
         super().__init__([HTML(STYLE), self.head, self.ones, self.several, self.pages, self.what, self.controls, self.page], _view_count=0) # JupyterLab counts the places in which it is shown
         self.add_class("rethink-dash")
         self.refill()
-        self.go(self.pages.value)
-        self.watch = _started(self._again())
+        self.watch = asyncio.get_running_loop().create_task(self._live()) if _in_kernel() else None
+        if not self.watch: self.draw()
 
 # %% ../../nbs/dash/app.ipynb #b0d79d43
 _UNASKED = dict(architectures=("arms",)) # what a dashboard does not ask for: arms share their architectures
@@ -156,6 +157,15 @@ def _clicked(self:Dashboard, point:dict):
     except Exception: at = None # a click that leads nowhere
     if at: self.go(at[0], **at[1])
 
+# %% ../../nbs/dash/app.ipynb #447108bb
+@patch
+async def _live(self:Dashboard):
+    "Draw as soon as a page looks, or it takes long; then again and again"
+    ends = perf_counter() + 3
+    while not self.took and not self.page.seen and perf_counter() < ends: await asyncio.sleep(.02)
+    if not self.took: self.draw()
+    await self._again()
+
 # %% ../../nbs/dash/app.ipynb #fb9cde09
 FOLLOW = 10. # seconds
 
@@ -180,11 +190,11 @@ def close(self:Dashboard):
     given_up([*self.page.plots, *self.page.children, *self.controls.children])
     VBox.close(self)
 
-# %% ../../nbs/dash/app.ipynb #21048f99
-def _started(work):
-    "A task of the kernel; None where nothing runs it, as in a script"
-    try: return asyncio.get_running_loop().create_task(work)
-    except RuntimeError: work.close()
+# %% ../../nbs/dash/app.ipynb #a1b8d908
+def _in_kernel() -> bool:
+    "Whether something runs tasks here; in a script, nothing does"
+    try: return bool(asyncio.get_running_loop())
+    except RuntimeError: return False
 
 # %% ../../nbs/dash/app.ipynb #34ff8ca3
 def architectures(store:Store | str | Path | None=None, view:str="", **choices) -> Dashboard:

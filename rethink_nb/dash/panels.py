@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MANY', 'STYLE', 'given_up', 'Several', 'option_words', 'control_widget', 'Page', 'note']
 
-# %% ../../nbs/dash/panels.ipynb #d9c76029
+# %% ../../nbs/dash/panels.ipynb #c1728f07
 from collections.abc import Callable, Iterable
 from html import escape
 
@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from ipywidgets import HTML, Box, Button, Checkbox, Dropdown, FloatSlider, Layout, SelectMultiple, ToggleButton, VBox, Widget
 from itables.widget import ITable
 
-from .plot import Plot
+from .plot import Plot, plotlyjs
 from .state import State
 from .views import Control
 from ..report.stats import level_words
@@ -120,6 +120,17 @@ class Page(VBox):
         self.plots, self.act, self.held = [], clicked, [] # what is shown besides figures, and its widgets
         super().__init__()
 
+# %% ../../nbs/dash/panels.ipynb #9c1a333c
+@patch
+def begin(self:Page):
+    "Put an empty plot there, for the browser to get ready"
+    self.plots.append(self._plot(plotlyjs=plotlyjs()))
+    self.put([*self.plots, HTML("<p class='rethink-line'>Reading the store</p>")]) # first, where it will be later: a widget that moves is made anew by the page
+
+# %% ../../nbs/dash/panels.ipynb #0a40ce23
+@patch(as_prop=True)
+def seen(self:Page) -> bool: return any(p.seen for p in self.plots)
+
 # %% ../../nbs/dash/panels.ipynb #8ba68970
 @patch
 def show(self:Page,
@@ -153,10 +164,10 @@ def put(self:Page, widgets:list):
     before, self.children = self.children, widgets
     given_up(w for w in before if not isinstance(w, Plot) and w not in widgets)
 
-# %% ../../nbs/dash/panels.ipynb #66dc8e1b
+# %% ../../nbs/dash/panels.ipynb #389ef1bd
 @patch
-def _plot(self:Page) -> Plot:
-    plot = Plot()
+def _plot(self:Page, **options) -> Plot:
+    plot = Plot(**options)
     plot.on_click(lambda point: self.act(point))
     return plot
 

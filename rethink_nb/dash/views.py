@@ -82,10 +82,10 @@ def view(board:str, name:str, *controls:Control, code:Callable | None=None, ever
         return func
     return named
 
-# %% ../../nbs/dash/views.ipynb #c0d4a29f
+# %% ../../nbs/dash/views.ipynb #3b621d27
 def figure_view(board:str, name:str, kind:str, what:str, *controls:Control):
     "Make a figure of the trial a view; its controls are the figure's options"
-    draw = lambda state, **values: [state.trial().figure(kind, **values)]
+    draw = lambda state, **values: [state.trial().plotted(kind, **values)]
     draw.__doc__ = what
     view(board, name, *controls, code=lambda **values: figure_call(kind, **values))(draw)
 

@@ -83,13 +83,20 @@ def _measured(frame, x, columns):
     parts = dict(train="training", val="validation", test="test")
     return pd.concat([frame.assign(at=frame[x], of=frame[c], on=parts[c.split("_")[0]]) for c in columns], ignore_index=True)
 
-# %% ../../nbs/report/figures.ipynb #b5af3b60
+# %% ../../nbs/report/figures.ipynb #76ba76eb
 def _over_seeds(frame):
     "Mean, lowest and highest value over the runs, at each epoch of an arm; the runs in words"
-    words = [f"seed {s}, {run}: {v:.5g}" for s, run, v in zip(frame.seed, frame.run, frame.of)] if frame.seed.nunique() <= 20 else ""  # a longer list fits no screen
-    keys = ["network", "net", "cut", "arm", "on", "epoch"]
-    groups = frame.assign(words=words).groupby(keys, sort=False, as_index=False)
-    return groups.agg(x=("at", "mean"), y=("of", "mean"), lo=("of", "min"), hi=("of", "max"), runs=("words", lambda w: "<br>".join(filter(None, w))))
+    groups = frame.groupby(["network", "net", "cut", "arm", "on", "epoch"], sort=False)
+    mean = groups.agg(x=("at", "mean"), y=("of", "mean"), lo=("of", "min"), hi=("of", "max")).reset_index()
+    return mean.assign(runs=_runs_in_words(frame, groups.ngroup(), len(mean)))
+
+# %% ../../nbs/report/figures.ipynb #a26d62b0
+def _runs_in_words(frame, groups, n):
+    "What each run of each of `n` groups came to, a line a run"
+    lines = [[] for _ in range(n)]
+    if frame.seed.nunique() <= 20:  # a longer list fits no screen
+        for group, s, run, v in zip(groups.tolist(), frame.seed.tolist(), frame.run.tolist(), frame.of.tolist()): lines[group].append(f"seed {s}, {run}: {v:.5g}")
+    return ["<br>".join(of_group) for of_group in lines]
 
 # %% ../../nbs/report/figures.ipynb #253cf3ae
 def _line(panel, arm, rows, color, dash, digits):

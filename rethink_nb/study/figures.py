@@ -32,11 +32,17 @@ def drawing(kind:str) -> Callable:
         return func
     return named
 
-# %% ../../nbs/study/figures.ipynb #bb59a2ec
+# %% ../../nbs/study/figures.ipynb #19e5565e
 @patch
 def figure(self:Trial, kind:str="curves", **options):
     "A plotly figure by its name; options are those of what draws it"
     nbformat_imported() # plotly asks for it when a notebook shows the figure
+    return self.plotted(kind, **options)
+
+# %% ../../nbs/study/figures.ipynb #fffd6c38
+@patch
+def plotted(self:Trial, kind:str="curves", **options):
+    "The same for who shows it otherwise than plotly does"
     draw = FIGURES.get(kind)
     if wrong := [k for k in options if k not in _options(draw)]: raise UserError(f"figure {kind} has no option {wrong[0]!r}: there are {', '.join(_options(draw)) or 'none'}")
     return draw(self, **options)

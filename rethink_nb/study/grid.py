@@ -5,13 +5,15 @@
 # %% auto #0
 __all__ = ['scales', 'USUAL', 'Scale', 'Study']
 
-# %% ../../nbs/study/grid.ipynb #0fc4e1de
+# %% ../../nbs/study/grid.ipynb #006ac8cf
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+import torch
 from fastcore.basics import patch
 from msgspec.structs import force_setattr
+from torch import nn
 
 from ..arch.spec import Arch
 from ..arch.zoo import arch as zoo_arch
@@ -198,7 +200,7 @@ def _check_study(s:Study):
     if s.cap is not None and not 1 <= s.cap < float("inf"): raise UserError(f"cap {s.cap}: give a factor of at least 1")
     s.base.check()
 
-# %% ../../nbs/study/grid.ipynb #b46026d4
+# %% ../../nbs/study/grid.ipynb #c77bf786
 def _check_method(s:Study):
     "Refuse what the method cannot do"
     m = methods.get(s.method)
@@ -206,7 +208,7 @@ def _check_method(s:Study):
     if not parents_only and (why := m.refuses(s.base)): raise UserError(f"{s.method} cannot prune {s.arch}: {why}")
     adds = callbacks(s.method, **s.training_request(s.levels[0]))
     if not adds and s.pretrained: raise UserError(f"{s.method} takes no part in a training: leave pretrained out")
-    if adds: call_all(adds, "prepare", s.base.build()) # what the network has no place for is told now, not after the parents' training
+    if adds: call_all(adds, "prepare", _of_zeros(s.base)) # what the network has no place for is told now, not after the parents' training
     if not 1 <= s.rounds <= 100: raise UserError(f"{s.rounds} rounds: give 1 to 100")
     if s.rounds > 1 and m.rounds is None: raise UserError(f"{s.method} prunes in one step: leave rounds out")
     if s.rewind < 0 or s.rewind and s.prunes != "tickets": raise UserError(f"rewind {s.rewind}: give a number of steps, with a method that goes back to the start, such as lottery")
@@ -217,6 +219,13 @@ def _check_method(s:Study):
     for r in s.ratios if not parents_only else ():
         check_ratio(r)
         if r == 0 or s.known and s.small(r) == s.base: raise UserError(f"ratio {r} removes nothing from {s.arch}: give a larger one")
+
+# %% ../../nbs/study/grid.ipynb #634a29e3
+def _of_zeros(a:Arch) -> nn.Module:
+    "A network to ask for its modules: drawing weights would take longer than all that is asked"
+    net = a.blank()
+    net.load_state_dict({k: torch.zeros(v.shape, dtype=v.dtype) for k, v in net.state_dict().items()}, assign=True)
+    return net
 
 # %% ../../nbs/study/grid.ipynb #8ee0bd91
 _LISTS = ("milestones", "gammas")

@@ -61,11 +61,12 @@ def _marks(path:str) -> tuple | None: # None: there is no such file
     except OSError as e: raise UserError(f"{path}: cannot be read ({e.strerror})") from None
     return (at.st_mtime_ns, at.st_size, at.st_ino) if S_ISREG(at.st_mode) else None
 
-# %% ../../nbs/study/store.ipynb #90bdc136
+# %% ../../nbs/study/store.ipynb #63669fc2
 def _checked(path:str, id:str) -> dict:
     "A record from its file"
     found = read_json(path)
     if not isinstance(found, dict) or "id" not in found or found.get("status") not in ("done", "diverged", "failed"): raise UserError(f"{path}: damaged: not a record; remove the folder {os.path.dirname(path)} to have it run again")
+    if (acc := found.get("metrics", {}).get("test_acc", 0.)) != acc: raise UserError(f"{path}: damaged: a finished run with test_acc {acc}; remove the folder {os.path.dirname(path)} to have it run again")
     if found["id"] != id: raise UserError(f"{path}: the record of run {found['id']}: the folder was copied or renamed; give it that name")
     return found
 
@@ -185,7 +186,7 @@ def curve(self:Store, id:str):
     try: return read_csv(path) if path.is_file() else DataFrame()
     except (errors.ParserError, errors.EmptyDataError, UnicodeDecodeError): raise UserError(f"{path}: damaged; remove the folder {path.parent} to have it run again") from None
 
-# %% ../../nbs/study/store.ipynb #aa038296
+# %% ../../nbs/study/store.ipynb #18839a37
 @patch
 def curves(self:Store, ids:Iterable[str]):
     "The epochs of many runs as one DataFrame, their ids in the column `run`"
@@ -200,7 +201,17 @@ def curves(self:Store, ids:Iterable[str]):
     except errors.ParserError:
         for id in ids: self.curve(id) # says which
         raise
+    for p in parts: self._only_numbers(p)
     return concat([p for p in parts if len(p)], ignore_index=True) if any(map(len, parts)) else DataFrame()
+
+# %% ../../nbs/study/store.ipynb #58ec4682
+@patch
+def _only_numbers(self:Store, curves):
+    "Refuse, by its name, a curve that holds words"
+    from pandas import to_numeric
+    for column in curves.columns.difference([*curves.select_dtypes("number"), "run"]):
+        words = curves[to_numeric(curves[column], errors="coerce").isna() & curves[column].notna()]
+        if len(words): raise UserError(f"{self/words.run.iloc[0]/'curve.csv'}: damaged: {column} {words[column].iloc[0]!r} is no number; remove the folder {self/words.run.iloc[0]} to have it run again")
 
 # %% ../../nbs/study/store.ipynb #39c52e4a
 @patch
