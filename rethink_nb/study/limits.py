@@ -35,12 +35,12 @@ def _of_verdicts(v, alpha:float) -> list[str]:
             f"That each verdict is a finding, in {len(other)} of {len(v)} comparisons: they were not named beforehand, and of as many between equal arms, {alpha*len(other):.2g} would come out better or worse by chance." if other.verdict.isin(["better", "worse"]).any() else "",
             f"That a difference lies in the weights alone, in {len(apart)} of {len(v)} comparisons: there the arms differ in epochs or schedule, too (setup)." if len(apart) else ""]
 
-# %% ../../nbs/study/limits.ipynb #a3ca1eee
+# %% ../../nbs/study/limits.ipynb #c38698b3
 def _of_runs(t:Trial) -> list[str]:
     "What the runs leave open"
     given, peeked, lost = any(s.parent for s in t.studies), any(s.reference for s in t.studies), t.unfinished()
     frame, curves = t.frame(), t.curves()
-    bare = set(frame.run[(frame.status == "done") & (frame.train_macs > 0)]) - set(curves.run if len(curves) else ())
+    bare = set(frame.run[(frame.status == "done") & (frame.train_macs > 0)]) - set(curves.run.unique() if len(curves) else ())
     return ["How parents differ: all seeds share one given parent, so intervals tell how retraining varies; the parent's own training is in no cost." if given else "",
             "How well a network does on new images, by the best result of all epochs: it was picked on the test images, as the reference does." if peeked else "",
             f"Anything from the means of arms whose runs are not all there: {lost}." if lost else "",

@@ -86,10 +86,10 @@ def judged(
     loss, acc = evaluate(net, data.val, data, precision=precision) if val is None else val
     return {**{f"test_{k}": v for k, v in scores(logits, data.test.labels, data.classes).items()}, "val_loss": loss, "val_acc": acc}, logits.argmax(1).cpu()
 
-# %% ../../nbs/training/scores.ipynb #d000d26e
+# %% ../../nbs/training/scores.ipynb #d9d546b0
 def agreement(
     said:torch.Tensor, # classes that one network gives to the images
     other:torch.Tensor, # those of another
 ) -> float: # percent
     "On how many images two networks say the same, right or wrong"
-    return 100*float((said.cpu() == other.cpu()).double().mean()) if len(said) else float("nan")
+    return 100*(int((said.cpu() == other.cpu()).count_nonzero())/len(said)) if len(said) else float("nan")
