@@ -22,7 +22,7 @@ from ..core.record import Record, check_types
 from ..core.registry import Registry
 from ..core.seed import seeded
 
-# %% ../../nbs/arch/spec.ipynb #35d66365
+# %% ../../nbs/arch/spec.ipynb #48131c38
 class Switches(Record, frozen=True):
     "What differs between networks of one family; defaults are the plain, correct choice"
     head: str = "linear" # "linear", or "hidden": Linear(512)-BN-ReLU-Linear, the VGG of the reference's L1 study (reference_traps B12)
@@ -32,7 +32,8 @@ class Switches(Record, frozen=True):
     detach_shortcut: bool = False # True: no gradient through the two down-sampling shortcuts, the reference's defect (traps B11)
     shortcut: str = "pad" # where a ResNet's stage begins: "pad" (option A) or "projection" (1x1 convolution and batch norm; the lottery study's ResNet-50)
     select_after_norm: bool = False # PreResNet, DenseNet: True normalises a whole stream and then selects, as the reference does; False selects first, the same function with less
-    bottleneck: bool = False # DenseNet: a 1x1 convolution before each 3x3, DenseNet-BC's layer
+    bottleneck: bool = False # DenseNet: a 1x1 convolution before each 3x3, DenseNet-BC's layer; ImageNet ResNet: blocks of 1x1, 3x3, 1x1
+    shortcut_bias: bool = False # ImageNet ResNet: projections with bias, as in the reference's ThiNet and regression networks
 
 # %% ../../nbs/arch/spec.ipynb #ddd81ad9
 KINDS = ("inner", "growth", "stream", "in", "out", "route", "constant")
@@ -91,9 +92,9 @@ class Family:
     least_side: Callable = field(default=lambda arch: 1, compare=False) # arch -> the smallest image side
     switches: dict | None = field(default=None, compare=False) # the switches it looks at and their values, () for any; None: all of them, unchecked
 
-# %% ../../nbs/arch/spec.ipynb #b5670b4d
+# %% ../../nbs/arch/spec.ipynb #08fce3fc
 families = Registry("family")
-for _name in ("vgg", "resnet", "preresnet", "densenet"): families.register(_name, f"rethink_nb.arch.{_name}")
+for _name in ("vgg", "resnet", "preresnet", "densenet", "imagenet_resnet"): families.register(_name, f"rethink_nb.arch.{_name}")
 
 # %% ../../nbs/arch/spec.ipynb #b3e1e690
 _remembered = []
