@@ -26,6 +26,14 @@ PINNED = {
     "resnet56-B":  (735_712,    90_907_264,  183_137_866),
     "resnet110-A": (1_688_522,  212_779_648, 428_291_338),
     "resnet110-B": (1_168_424,  155_124_352, 312_745_738),
+    "resnet34":      (21_797_672, 3_663_761_408, 7_340_393_960), # with the average pool, which the reference counts
+    "resnet50":      (25_557_032, 4_089_184_256, 8_212_012_520 + 7*7*2048), # torchvision's, and the average pool
+    "resnet50-thinet": (25_560_872, 4_089_184_256, 8_213_618_152), # and the bias of the projections
+    "resnet34-A":  (20_151_764, 3_100_184_576, 6_212_499_416),
+    "resnet34-B":  (19_469_372, 2_782_269_440, 5_576_203_448),
+    "resnet50-thinet-30": (8_669_158,  1_166_283_835, 2_360_886_113),
+    "resnet50-thinet-50": (12_385_704, 1_822_031_872, 3_674_383_592),
+    "resnet50-thinet-70": (16_949_086, 2_601_392_356, 5_235_013_502),
 }
 
 
@@ -63,20 +71,23 @@ def test_a_count_leaves_the_network_alone():
     assert not any(m._forward_hooks for m in net.modules())
 
 
-# the CIFAR rows of facts/architectures.md: base over pruned FLOPs, FLOPs and parameters cut in %, Scratch-B epochs
-CIFAR_ROWS = {
+# rows of facts/architectures.md: base over pruned FLOPs, FLOPs and parameters cut in %, Scratch-B epochs
+ROWS = {
     "vgg16-A": (1.519, 34.17, 63.99, 243), "resnet56-A": (1.1157, 10.37, 9.34, 178), "resnet56-B": (1.3791, 27.49, 13.75, 220),
     "resnet110-A": (1.1883, 15.84, 2.28, 190), "resnet110-B": (1.6273, 38.55, 32.38, 260),
+    "resnet34-A": (1.1816, 15.37, 7.55, 106), "resnet34-B": (1.3164, 24.03, 10.68, 118),
+    "resnet50-thinet-30": (3.479, 71.26, 66.08, 180), "resnet50-thinet-50": (2.2354, 55.26, 51.54, 180), "resnet50-thinet-70": (1.569, 36.26, 33.69, 141),
 }
 
 
-@pytest.mark.parametrize("target", CIFAR_ROWS)
-def test_cifar_rows_of_the_paper(target):
-    base, small = zoo.arch(target.split("-")[0]).count(), zoo.arch(target).count()
-    ratio, flops, params, epochs = CIFAR_ROWS[target]
+@pytest.mark.parametrize("target", ROWS)
+def test_rows_of_the_paper(target):
+    base, small = zoo.arch(target.rpartition("-")[0]).count(), zoo.arch(target).count()
+    ratio, flops, params, epochs = ROWS[target]
     assert round(base.flops/small.flops, 4) == ratio
     assert (round(100*(1 - small.flops/base.flops), 2), round(100*(1 - small.params/base.params), 2)) == (flops, params)
-    assert scratch_b(recipe("cifar"), base.flops/small.flops).epochs == epochs
+    large = zoo.arch(target).input[1] == 224 # where the reference doubles the epochs at most
+    assert scratch_b(recipe("imagenet" if large else "cifar"), base.flops/small.flops, *([2] if large else [])).epochs == epochs
 
 
 def test_channel_lists():

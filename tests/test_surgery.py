@@ -94,7 +94,7 @@ def silenced(net, plan):
         for h in hooks: h.remove()
 
 
-@pytest.mark.parametrize("arch", ["vgg", "resnet", "preresnet", "densenet", "densenet-bc", "resnet50-lottery"])
+@pytest.mark.parametrize("arch", ["vgg", "resnet", "preresnet", "densenet", "densenet-bc", "resnet50-lottery", "imagenet-resnet", "bottlenecks"])
 @pytest.mark.parametrize("seed", range(6))
 def test_cut_is_the_network_with_silent_activations(arch, seed):
     a, random = ARCHS[arch], Random(seed)
@@ -179,7 +179,7 @@ def test_scores_that_are_not_numbers_are_refused():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("arch", ["vgg", "resnet", "preresnet", "densenet", "densenet-bc", "resnet50-lottery"])
+@pytest.mark.parametrize("arch", ["vgg", "resnet", "preresnet", "densenet", "densenet-bc", "resnet50-lottery", "imagenet-resnet", "bottlenecks"])
 @pytest.mark.parametrize("seed", range(4))
 def test_on_a_gpu_it_is_the_same(arch, seed):
     "Selections, routes, constants and weight masks on the device: cut = masked, and both are what the CPU makes of the same plan"

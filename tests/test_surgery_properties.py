@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from rethink_nb.arch import Arch
 from rethink_nb.arch.count import count
+from rethink_nb.arch.spec import Switches
 from rethink_nb.core.errors import UserError
 from rethink_nb.surgery import Plan, cut, fresh, load, masked, save, verify
 from rethink_nb.testing.families import random_plan
@@ -27,6 +28,8 @@ ARCHS = {
     "preresnet-after": switched("preresnet", select_after_norm=True),
     "preresnet-odd": toy_archs()["preresnet"].replace(input=(3, 7, 5)),
     "densenet-after": switched("densenet", select_after_norm=True),
+    "imagenet-resnet": Arch(family="imagenet_resnet", stages=(1, 2), widths=(3, 5, 4, 6, 5), input=(2, 13, 9)),
+    "imagenet-bottlenecks": Arch(family="imagenet_resnet", stages=(2, 1), widths=(3, 6, 5, 4, 3, 5, 4, 3, 6), input=(1, 16, 16), switches=Switches(bottleneck=True, shortcut_bias=True)),
     "densenet-bottleneck": BOTTLENECK,
     "densenet-bottleneck-after": BOTTLENECK.replace(switches=BOTTLENECK.switches.replace(select_after_norm=True)),
 }
