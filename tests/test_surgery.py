@@ -56,6 +56,8 @@ def test_verify_sees_one_wrong_channel():
 @pytest.mark.parametrize("name,target,skip,ratios", [
     ("resnet56", "A", (7, 9, 18, 26), (.1, .1, .1)),
     ("resnet56", "B", (7, 8, 9, 16, 18, 26), (.6, .3, .1)),
+    ("resnet34", "A", (0, 3, 6, 7, 12, 13, 14, 15), (.3, .3, .3, 0.)), # its convolutions 2, 8, 14, 16, 26, 28, 30, 32
+    ("resnet34", "B", (0, 3, 6, 7, 12, 13, 14, 15), (.5, .6, .4, 0.)),
 ])
 def test_targets_are_the_reference_rule(name, target, skip, ratios):
     "The lists of facts/architectures.md are what the reference's rule gives: fraction a stage, blocks left alone"
@@ -85,8 +87,8 @@ def silenced(net, plan):
         gone = sorted(set(range(s.width)) - set(kept))
         places = s.norms or s.outs
         if s.kind == "stream": places = s.outs
-        if s.kind == "stream" and net.arch.family == "resnet": # what passes each block, with whatever the shortcut brings
-            places = [f"stage{s.stage}.block{b}" for b in range(1, net.arch.stages[s.stage - 1] + 1)] + (["bn"] if s.stage == 1 else [])
+        if s.kind == "stream" and net.arch.family in ("resnet", "imagenet_resnet"): # what passes each block, with whatever the shortcut brings
+            places = [f"{name}.block{b}" for b in range(1, net.arch.stages[s.stage - 1] + 1) if name != "stem"] + (["bn"] if "conv" in s.outs else [])
         hooks += [net.get_submodule(m).register_forward_hook(zero(gone)) for m in places]
         if s.kind == "in" and not s.norms: hooks += [net.get_submodule(m).register_forward_pre_hook(zero_input(gone)) for m in s.ins]
     try: yield net
