@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['commands', 'command', 'methods', 'archs', 'count', 'prune', 'run', 'demo', 'batch', 'status', 'report', 'dash',
-           'main', 'usage']
+           'export', 'main', 'usage']
 
-# %% ../nbs/cli.ipynb #2ae3f3b1
+# %% ../nbs/cli.ipynb #291a8046
 import json, sys, time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from fastcore.script import Param, anno_parser, call_parse
 
@@ -48,12 +49,12 @@ def archs():
     cost = {n: zoo.arch(n) for n in zoo.names()}
     _print_frame([dict(name=n, input="x".join(map(str, a.input)), params=f"{a.count().params:,}", MACs=f"{a.count().macs:,}", FLOPs=f"{a.count().flops:,}") for n, a in cost.items()])
 
-# %% ../nbs/cli.ipynb #0032852f
+# %% ../nbs/cli.ipynb #a403ddcc
 @command
 @call_parse
 def count(
     arch:str, # a network or target (see `rethink-nb archs`), or the folder of a saved network
-    classes:int=10, # outputs
+    classes:int=0, # outputs; 0: as many as the network was made for
     input:str="", # channels x height x width, such as 3x32x32; empty: the network's own
     width:float=1., # multiplier of all widths
     layers:bool=False, # a line a layer as well
@@ -65,8 +66,8 @@ def count(
     from rethink_nb.arch.count import count as cost_of
     from rethink_nb.arch.effective import effective
     net = _source(arch)[0] if not arch or Path(arch).is_dir() or "/" in arch else None
-    if net and (classes != 10 or input or width != 1): raise UserError(f"{arch} is a saved network, with classes, input and width of its own: leave them out")
-    a = net.arch if net else zoo.arch(arch, classes=classes, input=_shape(input), width=width)
+    if net and (classes or input or width != 1): raise UserError(f"{arch} is a saved network, with classes, input and width of its own: leave them out")
+    a = net.arch if net else zoo.arch(arch, classes=classes or None, input=_shape(input), width=width)
     c = cost_of(net, a.input) if net else a.count()
     if layers: print(c.layers.to_string(index=False), "\n")
     if sites: _print_sites(a)
@@ -364,6 +365,51 @@ def dash(
     words = lab_command(folder(out, "out")/f"{board}.ipynb", port, not no_browser, voila)
     write_dashboard(board, store, out)
     start(words, str(voila_template((Path(out)/".voila").resolve())) if voila else "")
+
+# %% ../nbs/cli.ipynb #cf938ceb
+@command
+@call_parse
+def export(
+    source:str, # folder of a saved network or of a run, or a network's name (with random weights)
+    format:Param("onnx or torch.export", str)="onnx",
+    out:str="", # file; empty: network, with the format's end
+    parent:str="", # network to time beside it: a folder or a name; empty: of a run, the parent that it came from
+    threads:int=1, # of the CPU, while it is timed
+    untimed:bool=False, # write and check only
+):
+    "Write a network as ONNX or as torch.export's file, check it, and time it beside its parent"
+    from rethink_nb.arch.measure import whole_numbers
+    from rethink_nb.core.files import folder
+    from rethink_nb.surgery.export import FORMATS, timed_exports
+    from rethink_nb.surgery.export import export as write
+    whole_numbers(threads=threads)
+    if format not in FORMATS: raise UserError(f"format {format!r}: give {' or '.join(FORMATS)}")
+    (net, words), whole = _source(source), _source(parent)[0] if parent else _parent_of(source)
+    path = Path(out or f"network{FORMATS[format]}")
+    if path.suffix != FORMATS[format]: raise UserError(f"out {out}: {format} goes to a file that ends in {FORMATS[format]}")
+    folder(path.parent, "out")
+    verdict = write(net, path)
+    print(f"{words} to {path} ({path.stat().st_size/1e6:.2f} MB); images: any number x {'x'.join(map(str, net.arch.input))}, logits: x {net.arch.classes}", f"read again, {verdict}", sep="\n")
+    if untimed: return
+    with TemporaryDirectory() as at:
+        files = {"this network": (net, path)}
+        if whole:
+            write(whole, Path(at)/f"parent{path.suffix}")
+            files = {"parent": (whole, Path(at)/f"parent{path.suffix}")} | files
+        print("", timed_exports(files, threads=threads).round(dict(ms=3, times=2)).to_string(index=False), sep="\n")
+
+# %% ../nbs/cli.ipynb #c283b10a
+def _parent_of(source:str):
+    "The network that a run began with, where its store has it; None for others"
+    from rethink_nb.core.record import read_json
+    from rethink_nb.study.store import Store
+    folder = Path(source).resolve()
+    if not (folder/"record.json").is_file(): return None
+    store, first = Store(folder.parent), read_json(folder/"record.json")
+    while first and first["start"]: first = store.record(first["start"])
+    if not first or first["id"] == folder.name: return None
+    try: return store.network(first["id"])
+    except UserError as e: print(f"without its parent: {e}", file=sys.stderr) # whose weights may have been left out
 
 # %% ../nbs/cli.ipynb #d8c6b779
 def main(argv:list[str] | None=None) -> int: # exit code

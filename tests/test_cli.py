@@ -3,9 +3,17 @@ import pytest
 from conftest import child
 
 from rethink_nb.cli import commands, main
+from rethink_nb.study import Store, Study, Trial
+from rethink_nb.surgery.export import check_exported
 
 BAD = {
     "command": (["rum"], "did you mean run"),
+    "export nothing": (["export", "nowhere/net"], "nowhere/net: no such folder"),
+    "export format": (["export", "vgg-digits", "--format", "tflite"], "format 'tflite': give onnx or torch.export"),
+    "export end": (["export", "vgg-digits", "--out", "net.pb"], "onnx goes to a file that ends in .onnx"),
+    "export into a file": (["export", "vgg-digits", "--out", "afile/net.onnx"], "afile is a file"),
+    "export parent": (["export", "vgg-digits", "--parent", "vgg17"], "unknown network 'vgg17'"),
+    "export threads": (["export", "vgg-digits", "--format", "torch.export", "--out", "afile.pt2", "--threads", "0"], "threads 0: give a whole number"),
     "network": (["count", "resnet65"], "did you mean resnet56"),
     "method": (["prune", "l11", "vgg-digits", "out", "--ratio", "0.5"], "unknown method 'l11'"),
     "data": (["run", "l1", "--data", "fashion-mnst"], "did you mean fashion-mnist"),
@@ -230,3 +238,17 @@ def test_a_network_is_not_overwritten(saved, tmp_path, capsys):
         (tmp_path/name/name).mkdir(parents=True)
         assert main(["prune", "l1", "resnet20", str(tmp_path/name), "--ratio", "0.5"]) == 2
         assert [p.name for p in (tmp_path/name).iterdir()] == [name] and "is a folder" in capsys.readouterr().err
+
+
+def test_a_run_is_exported_and_timed_beside_its_parent(tmp_path, capsys):
+    "The file that onnxruntime reads says what the run's network says; the parent is found in the store"
+    pytest.importorskip("onnxruntime")
+    store = Store(tmp_path/"runs")
+    Trial(Study(data="digits", arch="vgg-digits", ratios=[.5], seeds=1, epochs=1, arms=["parent", "pruned"]), store).run(1, "cpu", progress=False)
+    tuned = next(id for id in store.ids() if store.record(id)["run"]["kind"] == "prune")
+    assert main(["export", str(store/tuned), "--out", str(tmp_path/"net.onnx")]) == 0
+    said = capsys.readouterr().out
+    assert "read again, largest difference" in said and said.count("onnxruntime") == 4 and "parent" in said
+    assert check_exported(store.network(tuned), tmp_path/"net.onnx").ok
+    assert main(["export", str(store/tuned), "--format", "torch.export", "--out", str(tmp_path/"net.pt2"), "--untimed"]) == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["net.onnx", "net.pt2", "runs"]
