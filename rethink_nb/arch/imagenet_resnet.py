@@ -6,12 +6,13 @@
 __all__ = ['switches', 'n_sites', 'least_side', 'sites', 'Block', 'Net', 'torchvision_names', 'from_torchvision',
            'to_torchvision']
 
-# %% ../../nbs/arch/imagenet_resnet.ipynb #a97944fa
+# %% ../../nbs/arch/imagenet_resnet.ipynb #523b22e5
 import torch
 from torch import nn
 
 from .parts import CONV_INITS, BatchNorm2d, Conv2d, Linear, Pick, Rest, blocks, init_, named, scatter
 from .spec import Arch, Site
+from ..core.errors import UserError
 
 # %% ../../nbs/arch/imagenet_resnet.ipynb #3e627a00
 def _streams(arch:Arch) -> dict[str, int]: # width by name
