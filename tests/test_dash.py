@@ -16,6 +16,12 @@ EVERY = [(board, name) for board in VIEWS for name in VIEWS[board]]
 TIMED = {("verdicts", "Under way")} # says something else each time
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    "Where no `runs` and no `demo/runs` lie, as `make demo` leaves in the checkout, so that a state without a store is the example's"
+    monkeypatch.chdir(tmp_path)
+
+
 def a_copy(to):
     "The example store, to be changed"
     shutil.copytree(example_store().path, to)
