@@ -6,11 +6,11 @@
 __all__ = ['switches', 'n_sites', 'least_side', 'sites', 'Block', 'Net', 'torchvision_names', 'from_torchvision',
            'to_torchvision']
 
-# %% ../../nbs/arch/imagenet_resnet.ipynb #523b22e5
+# %% ../../nbs/arch/imagenet_resnet.ipynb #a5df64f6
 import torch
 from torch import nn
 
-from .parts import CONV_INITS, BatchNorm2d, Conv2d, Linear, Pick, Rest, blocks, init_, named, scatter
+from .parts import CONV_INITS, AddingBlock, AddingNet, BatchNorm2d, Conv2d, Linear, Pick, Rest, blocks, named, scatter
 from .spec import Arch, Site
 from ..core.errors import UserError
 
@@ -92,8 +92,8 @@ def _stem(arch:Arch) -> Site:
     first, width = next(iter(_streams(arch).items()))
     return Site(name="stem.out", width=arch.selects("stem.out", width), stage=1, kind="out", of=(first,), outs=("conv",), norms=("bn",))
 
-# %% ../../nbs/arch/imagenet_resnet.ipynb #3fd1e83b
-class Block(nn.Module):
+# %% ../../nbs/arch/imagenet_resnet.ipynb #9c8ba988
+class Block(AddingBlock):
     "Two 3x3 convolutions, or 1x1, 3x3, 1x1, each with batch norm; the shortcut is added before the last ReLU"
     def __init__(self, arch:Arch, stage:int, block:int, inner:tuple[int, ...]):
         super().__init__()
@@ -115,21 +115,8 @@ class Block(nn.Module):
             self.add_module(f"conv{k}", Conv2d(n, m, wide, stride if strides else 1, wide//2, bias=False))
             self.add_module(f"bn{k}", BatchNorm2d(m))
 
-    def branch(self, x:torch.Tensor) -> torch.Tensor:
-        "What the block adds"
-        if self.pick: x = self.pick(x)
-        for k in range(1, self.n): x = self.relu(getattr(self, f"bn{k}")(getattr(self, f"conv{k}")(x)))
-        y = getattr(self, f"bn{self.n}")(getattr(self, f"conv{self.n}")(x))
-        return self.scatter(y) if self.scatter else y
-
-    def forward(self, x:torch.Tensor) -> torch.Tensor:
-        short = self.shortcut(x) if self.shortcut else x
-        if not self.dead: return self.relu(self.branch(x) + short)
-        if self.rest: return self.relu(short + self.rest(x))
-        return self.relu(short) if self.shortcut else x
-
-# %% ../../nbs/arch/imagenet_resnet.ipynb #4140e063
-class Net(nn.Module):
+# %% ../../nbs/arch/imagenet_resnet.ipynb #994c01ae
+class Net(AddingNet):
     "The network of an ImageNet ResNet `Arch`"
     def __init__(self, arch:Arch):
         super().__init__()
@@ -143,18 +130,9 @@ class Net(nn.Module):
         self.pool = nn.AvgPool2d([-(-n//(4*2**(len(arch.stages) - 1))) for n in arch.input[1:]])
         self.fc = Linear(_streams(arch)[self.stages[-1]], arch.classes)
 
-    init_ = init_
-
-    def maps(self, x:torch.Tensor) -> torch.Tensor:
-        "Images (N,C,H,W) of any size to the maps that the classifier takes means of"
-        x = self.bn(self.conv(x))
-        x = self.shrink(self.relu(self.scatter(x) if self.scatter else x))
-        for name in self.stages: x = self.get_submodule(name)(x)
-        return x
-
-    def forward(self, x:torch.Tensor) -> torch.Tensor:
-        "Images (N,C,H,W) to logits (N,classes)"
-        return self.fc(self.pool(self.maps(x)).flatten(1))
+    def stem(self, x:torch.Tensor) -> torch.Tensor:
+        "What the first convolution puts into the stream, at half its size"
+        return self.shrink(super().stem(x))
 
 # %% ../../nbs/arch/imagenet_resnet.ipynb #deda5e2c
 def torchvision_names(

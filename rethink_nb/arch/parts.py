@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CONV_INITS', 'hollow', 'Conv2d', 'BatchNorm2d', 'Linear', 'blocks', 'named', 'conv_init_', 'init_', 'Pick', 'scatter',
-           'Read', 'normed', 'ReadingNet', 'Rest', 'Constant', 'plus_constant', 'attach_constants', 'Gate',
-           'times_gate', 'attach_gates']
+           'Read', 'normed', 'AddingBlock', 'AddingNet', 'ReadingNet', 'Rest', 'Constant', 'plus_constant',
+           'attach_constants', 'Gate', 'times_gate', 'attach_gates']
 
 # %% ../../nbs/arch/parts.ipynb #7f2c2813
 from contextlib import contextmanager
@@ -158,6 +158,42 @@ def normed(
 ) -> dict[str, tuple[str, ...]]: # an argument of `Site`
     "Whether a batch norm is over what is selected or over everything"
     return {"whole" if after else "norms": (norm,)}
+
+# %% ../../nbs/arch/parts.ipynb #b4223677
+class AddingBlock(nn.Module):
+    "The common part of blocks that add before a ReLU: convolutions conv1, ..., batch norms bn1, ..., `n` of each, a shortcut"
+    def branch(self, x:torch.Tensor) -> torch.Tensor:
+        "What the block adds"
+        if self.pick: x = self.pick(x)
+        for k in range(1, self.n): x = self.relu(getattr(self, f"bn{k}")(getattr(self, f"conv{k}")(x)))
+        y = getattr(self, f"bn{self.n}")(getattr(self, f"conv{self.n}")(x))
+        return self.scatter(y) if self.scatter else y
+
+    def forward(self, x:torch.Tensor) -> torch.Tensor:
+        short = self.shortcut(x) if self.shortcut else x
+        if not self.dead: return self.relu(self.branch(x) + short)
+        if self.rest: return self.relu(short + self.rest(x))
+        return self.relu(short) if self.shortcut else x
+
+# %% ../../nbs/arch/parts.ipynb #d69f5611
+class AddingNet(nn.Module):
+    "The common part of networks of such blocks: a convolution, the modules named in `stages`, the classifier"
+    init_ = init_
+
+    def stem(self, x:torch.Tensor) -> torch.Tensor:
+        "What the first convolution puts into the stream"
+        x = self.bn(self.conv(x))
+        return self.relu(self.scatter(x) if self.scatter else x)
+
+    def maps(self, x:torch.Tensor) -> torch.Tensor:
+        "Images (N,C,H,W) of any size to the maps that the classifier takes means of"
+        x = self.stem(x)
+        for name in self.stages: x = self.get_submodule(name)(x)
+        return x
+
+    def forward(self, x:torch.Tensor) -> torch.Tensor:
+        "Images (N,C,H,W) to logits (N,classes)"
+        return self.fc(self.pool(self.maps(x)).flatten(1))
 
 # %% ../../nbs/arch/parts.ipynb #cbda267f
 class ReadingNet(nn.Module):

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['switches', 'n_sites', 'least_side', 'sites', 'shortcut_a', 'PadShortcut', 'Block', 'Net']
 
-# %% ../../nbs/arch/resnet.ipynb #47e886d4
+# %% ../../nbs/arch/resnet.ipynb #d7e1d6ca
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .parts import CONV_INITS, BatchNorm2d, Conv2d, Linear, Pick, Rest, blocks, init_, named, scatter
+from .parts import CONV_INITS, AddingBlock, AddingNet, BatchNorm2d, Conv2d, Linear, Pick, Rest, blocks, named, scatter
 from .spec import Arch, Site
 
 # %% ../../nbs/arch/resnet.ipynb #0e24be5a
@@ -111,14 +111,14 @@ def _shortcut(arch:Arch, stage:int, block:int) -> nn.Module | None:
     if sw.shortcut == "projection": return named(conv=Conv2d(channels, width, 1, 2, bias=False), bn=BatchNorm2d(width))
     return PadShortcut(channels, width, 2, sw.detach_shortcut, arch.selection(f"stage{stage}.shortcut"))
 
-# %% ../../nbs/arch/resnet.ipynb #fc2b61a8
-class Block(nn.Module):
+# %% ../../nbs/arch/resnet.ipynb #78357fec
+class Block(AddingBlock):
     "Two 3x3 convolutions with batch norm; the shortcut is added before the last ReLU"
     def __init__(self, arch:Arch, stage:int, block:int, inner:int):
         super().__init__()
         at, width, channels = f"stage{stage}.block{block}", arch.widths[stage - 1], arch.widths[stage - 2 if block == 1 and stage > 1 else stage - 1]
         reads, writes = arch.selection(f"{at}.in"), arch.selection(f"{at}.out")
-        self.dead, self.rest = inner == 0, Rest(width) if inner == 0 and arch.constant(f"{at}.rest") else None
+        self.n, self.dead, self.rest = 2, inner == 0, Rest(width) if inner == 0 and arch.constant(f"{at}.rest") else None
         if not self.dead:
             self.pick = None if reads is None else Pick(reads, channels)
             self.conv1 = Conv2d(channels if reads is None else len(reads), inner, 3, 2 if stage > 1 and block == 1 else 1, 1, bias=False)
@@ -130,20 +130,8 @@ class Block(nn.Module):
         # one module called twice, so that a counter by hooks sees both ReLUs as the reference's does
         self.relu = nn.ReLU(inplace=True)
 
-    def branch(self, x:torch.Tensor) -> torch.Tensor:
-        "What the block adds"
-        if self.pick: x = self.pick(x)
-        y = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
-        return self.scatter(y) if self.scatter else y
-
-    def forward(self, x:torch.Tensor) -> torch.Tensor:
-        short = self.shortcut(x) if self.shortcut else x
-        if not self.dead: return self.relu(self.branch(x) + short)
-        if self.rest: return self.relu(short + self.rest(x))
-        return self.relu(short) if self.shortcut else x
-
-# %% ../../nbs/arch/resnet.ipynb #d0e7b224
-class Net(nn.Module):
+# %% ../../nbs/arch/resnet.ipynb #ab88ae5b
+class Net(AddingNet):
     "The network of a ResNet `Arch`"
     def __init__(self, arch:Arch):
         super().__init__()
@@ -156,16 +144,3 @@ class Net(nn.Module):
         # sized to the last map: the reference's counter knows this kind of pool and not the adaptive one
         self.pool = nn.AvgPool2d([-(-n//2**(len(arch.stages) - 1)) for n in arch.input[1:]])
         self.fc = Linear(arch.widths[len(arch.stages) - 1], arch.classes)
-
-    init_ = init_
-
-    def maps(self, x:torch.Tensor) -> torch.Tensor:
-        "Images (N,C,H,W) of any size to the maps that the classifier takes means of"
-        x = self.bn(self.conv(x))
-        x = self.relu(self.scatter(x) if self.scatter else x)
-        for name in self.stages: x = self.get_submodule(name)(x)
-        return x
-
-    def forward(self, x:torch.Tensor) -> torch.Tensor:
-        "Images (N,C,H,W) to logits (N,classes)"
-        return self.fc(self.pool(self.maps(x)).flatten(1))
