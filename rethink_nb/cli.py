@@ -398,17 +398,17 @@ def export(
             files = {"parent": (whole, Path(at)/f"parent{path.suffix}")} | files
         print("", timed_exports(files, threads=threads).round(dict(ms=3, times=2)).to_string(index=False), sep="\n")
 
-# %% ../nbs/cli.ipynb #cee10689
+# %% ../nbs/cli.ipynb #c283b10a
 def _parent_of(source:str):
     "The network that a run began with, where its store has it; None for others"
     from rethink_nb.core.record import read_json
-    from rethink_nb.study.step import Run
     from rethink_nb.study.store import Store
     folder = Path(source).resolve()
     if not (folder/"record.json").is_file(): return None
-    first = Run.from_dict(read_json(folder/"record.json")["run"]).lineage()[0].id
-    if first == folder.name: return None
-    try: return Store(folder.parent).network(first)
+    store, first = Store(folder.parent), read_json(folder/"record.json")
+    while first and first["start"]: first = store.record(first["start"])
+    if not first or first["id"] == folder.name: return None
+    try: return store.network(first["id"])
     except UserError as e: print(f"without its parent: {e}", file=sys.stderr) # whose weights may have been left out
 
 # %% ../nbs/cli.ipynb #d8c6b779
