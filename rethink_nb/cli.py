@@ -49,12 +49,12 @@ def archs():
     cost = {n: zoo.arch(n) for n in zoo.names()}
     _print_frame([dict(name=n, input="x".join(map(str, a.input)), params=f"{a.count().params:,}", MACs=f"{a.count().macs:,}", FLOPs=f"{a.count().flops:,}") for n, a in cost.items()])
 
-# %% ../nbs/cli.ipynb #a403ddcc
+# %% ../nbs/cli.ipynb #b186403c
 @command
 @call_parse
 def count(
     arch:str, # a network or target (see `rethink-nb archs`), or the folder of a saved network
-    classes:int=0, # outputs; 0: as many as the network was made for
+    classes:int=None, # outputs; left out: as many as the network was made for
     input:str="", # channels x height x width, such as 3x32x32; empty: the network's own
     width:float=1., # multiplier of all widths
     layers:bool=False, # a line a layer as well
@@ -66,8 +66,8 @@ def count(
     from rethink_nb.arch.count import count as cost_of
     from rethink_nb.arch.effective import effective
     net = _source(arch)[0] if not arch or Path(arch).is_dir() or "/" in arch else None
-    if net and (classes or input or width != 1): raise UserError(f"{arch} is a saved network, with classes, input and width of its own: leave them out")
-    a = net.arch if net else zoo.arch(arch, classes=classes or None, input=_shape(input), width=width)
+    if net and (classes is not None or input or width != 1): raise UserError(f"{arch} is a saved network, with classes, input and width of its own: leave them out")
+    a = net.arch if net else zoo.arch(arch, classes=classes, input=_shape(input), width=width)
     c = cost_of(net, a.input) if net else a.count()
     if layers: print(c.layers.to_string(index=False), "\n")
     if sites: _print_sites(a)
