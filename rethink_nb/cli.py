@@ -6,8 +6,8 @@
 __all__ = ['commands', 'command', 'methods', 'archs', 'count', 'prune', 'run', 'demo', 'batch', 'status', 'report', 'dash',
            'export', 'main', 'usage']
 
-# %% ../nbs/cli.ipynb #291a8046
-import json, sys, time
+# %% ../nbs/cli.ipynb #c80daa38
+import json, re, sys, time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -40,7 +40,7 @@ def methods():
     width = max(map(len, methods.items))
     for m in methods.items.values(): print(f"{m.name:<{width}}  {m.category:<12}  {m.title}\n{'':<{width}}  {m.paper}")
 
-# %% ../nbs/cli.ipynb #dfd5dbe1
+# %% ../nbs/cli.ipynb #751b0db1
 @command
 @call_parse
 def archs():
@@ -48,6 +48,7 @@ def archs():
     from rethink_nb.arch import count, zoo # noqa: F401 (count gives Arch its count)
     cost = {n: zoo.arch(n) for n in zoo.names()}
     _print_frame([dict(name=n, input="x".join(map(str, a.input)), params=f"{a.count().params:,}", MACs=f"{a.count().macs:,}", FLOPs=f"{a.count().flops:,}") for n, a in cost.items()])
+    print("Any network of torchvision or timm as well: torchvision:mobilenet_v2, timm:efficientnet_b0 (see `rethink-nb count`)")
 
 # %% ../nbs/cli.ipynb #b186403c
 @command
@@ -76,11 +77,14 @@ def count(
     if net and (bad := sum(int((~p.isfinite()).sum()) for p in net.parameters())): print(f"{bad:,} parameters are not finite numbers")
     if measure: _print_measures(net or a.build())
 
-# %% ../nbs/cli.ipynb #cebd3c96
+# %% ../nbs/cli.ipynb #3626a4c8
 def _print_sites(a):
     import rethink_nb.surgery.frames # noqa: F401 (gives Arch its coupling table)
     from rethink_nb.report.networks import coupling_table
     print(coupling_table(a.coupling()).to_string(index=False), "\n")
+    if a.builder:
+        from rethink_nb.arch.external import stays
+        print("what stays:", *(f"  {k}: {why}" for k, why in stays(a).items()), "", sep="\n")
 
 # %% ../nbs/cli.ipynb #20bcc89b
 def _print_measures(net):
@@ -203,7 +207,7 @@ def _trial(studies:list, out:Path, store, root, device, workers, stem:str, track
     print(ended.summary(), "", *(f"{what:<9} {path}" for what, path in {**write_results([ended], out, stem), "notebook": notebook, "store": trial.store.path}.items()), sep="\n")
     return 1 if ended.unfinished() else None # runs failed: told above
 
-# %% ../nbs/cli.ipynb #82c4ea9b
+# %% ../nbs/cli.ipynb #b27aa7ed
 @command
 @call_parse
 def run(
@@ -249,7 +253,8 @@ def run(
               subset=subset or None, width=width, precision=precision, margin=margin or None, alpha=alpha, options=_options(options), rounds=rounds, rewind=rewind, cap=cap or None,
               recipe_name=recipe, training=_options(training), reference=reference, parent=str(Path(parent).expanduser().resolve()) if parent else "", pretrained=pretrained, primary=_names(primary), claims=_numbers(claims, "claims"), **(dict(prices=_ratio(prices, "prices")) if prices else {}), **(dict(arms=_names(arms)) if arms else {}))
     other = f"-{s.id[:6]}" if s.way != method or arms or recipe or training or reference or parent or pretrained or prices or primary else "" # beside the pages of the same method with other options
-    return _trial([s], folder(out, "out"), store, root, device, workers, f"{method}-{data}-{arch}{other}", track)
+    network = re.sub(r"[^\w.=-]+", "-", arch) # a builder's name has a colon, and what no file should be called by
+    return _trial([s], folder(out, "out"), store, root, device, workers, f"{method}-{data}-{network}{other}", track)
 
 # %% ../nbs/cli.ipynb #41418cd8
 @command

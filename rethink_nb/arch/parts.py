@@ -20,13 +20,13 @@ from torch.nn import functional as F
 from ..core.errors import UserError
 from ..core.record import Record
 
-# %% ../../nbs/arch/parts.ipynb #e1bf31e6
+# %% ../../nbs/arch/parts.ipynb #8f9438c8
 _hollow = ContextVar("hollow", default=False)
 
 @contextmanager
-def hollow():
-    "Within, layers are made without tensors of their own"
-    token = _hollow.set(True)
+def hollow(on:bool=True):
+    "Within, layers are made without tensors of their own; or, within that, with them again"
+    token = _hollow.set(on)
     try: yield
     finally: _hollow.reset(token)
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['scales', 'USUAL', 'Scale', 'Study']
 
-# %% ../../nbs/study/grid.ipynb #006ac8cf
+# %% ../../nbs/study/grid.ipynb #1c86052b
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -17,7 +17,7 @@ from torch import nn
 
 from ..arch.spec import Arch
 from ..arch.zoo import arch as zoo_arch
-from ..arch.zoo import networks, target_widths
+from ..arch.zoo import check_name, target_widths
 from ..core.errors import UserError
 from ..core.events import call_all
 from ..core.record import Record, check_types, remembered
@@ -107,10 +107,11 @@ class Study(Record, frozen=True):
         _check_parent(self)
         self.__dict__.clear() # answers that were found before all fields were set
 
-# %% ../../nbs/study/grid.ipynb #67a97102
+# %% ../../nbs/study/grid.ipynb #65e9c06f
 def _check_names(s:Study):
     "Refuse names that nothing has, and lists that are empty or name a thing twice"
-    for registry, n in ((datasets, s.data), (networks, s.arch), (methods, s.method), *((recipes, n) for n in (s.recipe_name, s.pretrained) if n)): registry.get(n)
+    for registry, n in ((datasets, s.data), (methods, s.method), *((recipes, n) for n in (s.recipe_name, s.pretrained) if n)): registry.get(n)
+    check_name(s.arch)
     for a in s.arms: arm(a)
     if not s.recipe_name and not has_recipe(s.data): raise UserError(f"{s.data} has no recipe of its own: name one by recipe_name=, such as cifar")
     for what in ("ratios", "arms", "prices"):

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['sweep_archs', 'needs_of', 'amounts_of']
 
-# %% ../../nbs/testing/sweeps.ipynb #4580f43b
+# %% ../../nbs/testing/sweeps.ipynb #d8951386
 from ..arch import zoo
 from ..arch.spec import Arch, Switches
 from ..methods.all import methods
+import rethink_nb.testing.gated # noqa: F401 (a builder)
 from .toys import toy_archs, toy_images
 
-# %% ../../nbs/testing/sweeps.ipynb #c7178ca9
+# %% ../../nbs/testing/sweeps.ipynb #603d0ef4
 def sweep_archs() -> dict[str, Arch]:
     "Small architectures of all families and switches"
     toys = toy_archs()
@@ -19,7 +20,8 @@ def sweep_archs() -> dict[str, Arch]:
     narrow = {n: zoo.arch(n, width=w) for n, w in (("vgg16", .125), ("vgg16-lottery", .125), ("vgg11", .125), ("preresnet20", .5), ("resnet50-lottery", .5))}
     large = Arch(family="imagenet_resnet", stages=(1, 1), widths=(4, 8, 24, 40), input=(1, 16, 16))
     deep = large.replace(stages=(1, 2), widths=(4, 8, 10, 16, 24, 12, 20, 16, 24), switches=Switches(bottleneck=True, shortcut_bias=True))
-    return {**toys, **late, **narrow, "imagenet-resnet": large, "bottlenecks": deep, "densenet-bc": zoo.densenet(3, compression=2, bottleneck=True), "resnet20": zoo.arch("resnet20"), "resnet20-detached": zoo.arch("resnet20", detach_shortcut=True)}
+    return {**toys, **late, **narrow, "imagenet-resnet": large, "bottlenecks": deep, "densenet-bc": zoo.densenet(3, compression=2, bottleneck=True), "resnet20": zoo.arch("resnet20"), "resnet20-detached": zoo.arch("resnet20", detach_shortcut=True),
+            "external": zoo.arch("toy:gated", classes=10, input=(1, 8, 8))}
 
 # %% ../../nbs/testing/sweeps.ipynb #385ffed2
 def needs_of(
