@@ -139,13 +139,14 @@ def _made(builder:Builder, classes:int, input:tuple[int, int, int], sizes:dict[i
     if not isinstance(net, nn.Module): raise UserError(f"{builder.name} gives a {type(net).__name__}, not a network")
     return net, layers
 
-# %% ../../nbs/arch/external.ipynb #dc954a12
+# %% ../../nbs/arch/external.ipynb #4583e7d9
 @per_arch
 def _base(builder:Builder, classes:int, input:tuple[int, int, int]) -> _Base:
     "The network of a builder, traced"
-    with torch.device("cpu"), seeded(0, "external"): net, made = _made(builder, classes, input)
-    _check_rebuilds(builder, net)
-    names, found = {id(m): k for k, m in net.named_modules()}, trace(net, input)
+    with torch.device("cpu"), seeded(0, "external"): # an architecture may be asked for within another device
+        net, made = _made(builder, classes, input)
+        _check_rebuilds(builder, net)
+        names, found = {id(m): k for k, m in net.named_modules()}, trace(net, input)
     if not found.sites: raise UserError(f"nothing can go in {builder.name}: " + "; ".join(f"{k}: {why}" for k, why in list(found.stays.items())[:3]))
     layers = {names[id(m)]: _layer(k, m) for k, m in enumerate(made) if id(m) in names}
     if lost := [m for s in found.sites for m in (*s.outs, *s.norms, *s.ins) if m not in layers]: raise UserError(f"{builder.name}: {lost[0]} is a layer that its builder has not made itself")

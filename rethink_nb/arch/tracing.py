@@ -39,18 +39,18 @@ def _graph(net:nn.Module, x:torch.Tensor):
 # %% ../../nbs/arch/tracing.ipynb #5dc88f7b
 def first_line(e:Exception) -> str: return (str(e).strip() or type(e).__name__).splitlines()[0][:200]
 
-# %% ../../nbs/arch/tracing.ipynb #a713030d
+# %% ../../nbs/arch/tracing.ipynb #82582b58
 @dataclass(frozen=True)
 class _Member:
     "Something in a group"
-    name: str # of the module; for an operation what autograd calls it
+    name: str # of the module, or the parameter; for an operation what autograd calls it
     module: object # nn.Module, nn.Parameter, or an operation of torch-pruning's
     reads: bool # whether it reads the channels, instead of making or passing them on
     at: list # its positions
     of: list # for each position the channel of the group's first layer
 
-# %% ../../nbs/arch/tracing.ipynb #253f4c35
-def _members(graph, layer:nn.Module, names:dict[nn.Module, str]) -> list[_Member]:
+# %% ../../nbs/arch/tracing.ipynb #5e029242
+def _members(graph, layer:nn.Module, names:dict) -> list[_Member]:
     "The group of a layer"
     width = layer.weight.shape[0]
     group = graph.get_pruning_group(layer, graph.get_pruner_of_module(layer).prune_out_channels, idxs=list(range(width)))
@@ -135,10 +135,10 @@ def trace(
     stays |= {s.name: f"silent, they are still heard by {heard[s.name]}" for s in found if s.name in heard}
     return Traced(tuple(s for s in found if s.name not in heard), stays)
 
-# %% ../../nbs/arch/tracing.ipynb #60dd4d3c
+# %% ../../nbs/arch/tracing.ipynb #68a485eb
 def _grouped(net:nn.Module, graph, areas:dict[str, int]) -> tuple[list[Site], dict[str, str]]:
     "The sites of a graph; layers whose channels stay, and why"
-    names, sizes, done, sites, stays = {m: k for k, m in net.named_modules()}, list(dict.fromkeys(areas.values())), set(), [], {}
+    names, sizes, done, sites, stays = {m: k for named in (net.named_modules(), net.named_parameters()) for k, m in named}, list(dict.fromkeys(areas.values())), set(), [], {}
     for name, layer in net.named_modules():
         if name not in areas or name in done or depthwise(layer): continue
         members, width = _members(graph, layer, names), layer.weight.shape[0]
