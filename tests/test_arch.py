@@ -29,6 +29,10 @@ PINNED = {
     "resnet34":      (21_797_672, 3_663_761_408, 7_340_393_960), # with the average pool, which the reference counts
     "resnet50":      (25_557_032, 4_089_184_256, 8_212_012_520 + 7*7*2048), # torchvision's, and the average pool
     "resnet50-thinet": (25_560_872, 4_089_184_256, 8_213_618_152), # and the bias of the projections
+    "vgg11-imagenet":      (132_863_336, 7_609_090_048,  15_239_171_048), # parameters as torchvision tells them
+    "vgg11-bn-imagenet":   (132_868_840, 7_609_090_048,  15_254_023_144),
+    "vgg16-bn-imagenet":   (138_365_992, 15_470_264_320, 31_000_857_576),
+    "vgg11-slimming-imagenet": (132_868_840 + 4*4096, 7_609_090_048, 15_254_023_144), # batch norm over vectors costs nothing in the reference's count
     "vgg16-imagenet":      (138_357_544, 15_470_264_320, 30_973_762_536), # torchvision's, to the last number
     "vgg16-imagenet-conv": (131_452_552, 4_791_205_888,  9_599_388_648),
     "vgg16-imagenet-gap":  (8_322_696,   4_668_084_224,  9_353_028_584),
