@@ -12,7 +12,7 @@ from rethink_nb.arch.spec import Selection
 from rethink_nb.core.errors import UserError
 from rethink_nb.surgery import Plan, cut, masked, verify
 from rethink_nb.testing.families import random_plan
-from rethink_nb.testing.toys import random_bn, toy_archs
+from rethink_nb.testing.toys import random_bn, random_net, toy_archs
 from rethink_nb.training import recipe, scratch_b
 
 #        name             params      MACs         reference FLOPs
@@ -29,6 +29,15 @@ PINNED = {
     "resnet34":      (21_797_672, 3_663_761_408, 7_340_393_960), # with the average pool, which the reference counts
     "resnet50":      (25_557_032, 4_089_184_256, 8_212_012_520 + 7*7*2048), # torchvision's, and the average pool
     "resnet50-thinet": (25_560_872, 4_089_184_256, 8_213_618_152), # and the bias of the projections
+    "vgg11-imagenet":      (132_863_336, 7_609_090_048,  15_239_171_048), # parameters as torchvision tells them
+    "vgg11-bn-imagenet":   (132_868_840, 7_609_090_048,  15_254_023_144),
+    "vgg16-bn-imagenet":   (138_365_992, 15_470_264_320, 31_000_857_576),
+    "vgg11-slimming-imagenet": (132_868_840 + 4*4096, 7_609_090_048, 15_254_023_144), # batch norm over vectors costs nothing in the reference's count
+    "vgg16-imagenet":      (138_357_544, 15_470_264_320, 30_973_762_536), # torchvision's, to the last number
+    "vgg16-imagenet-conv": (131_452_552, 4_791_205_888,  9_599_388_648),
+    "vgg16-imagenet-gap":  (8_322_696,   4_668_084_224,  9_353_028_584),
+    "vgg16-imagenet-tiny": (1_325_368,   1_004_578_816,  2_017_487_848),
+    "vgg16-imagenet-5x":   (130_879_294, 3_515_283_520,  7_043_492_200),
     "resnet34-A":  (20_151_764, 3_100_184_576, 6_212_499_416),
     "resnet34-B":  (19_469_372, 2_782_269_440, 5_576_203_448),
     "resnet50-thinet-30": (8_669_158,  1_166_283_835, 2_360_886_113),
@@ -53,7 +62,8 @@ def test_every_network(name):
     assert counter.get_total_flops() == 2*a.count().macs
     for s in a.sites():
         assert all(net.get_submodule(m).weight.shape[0] == s.width for m in (*s.outs, *s.norms))
-        assert all(net.get_submodule(m).weight.shape[1] == s.width for m in s.ins)
+        for m in s.ins: # flattened maps of 7x7 have 49 numbers a channel
+            assert net.get_submodule(m).weight.shape[1] == s.width*(49 if (s.name, m) == ((f"conv{sum(a.stages[:-1])}", "head.fc1")) and a.switches.head.startswith("flat") else 1)
 
 
 @pytest.mark.parametrize("name", ["vgg16", "resnet20"])
@@ -76,6 +86,7 @@ ROWS = {
     "vgg16-A": (1.519, 34.17, 63.99, 243), "resnet56-A": (1.1157, 10.37, 9.34, 178), "resnet56-B": (1.3791, 27.49, 13.75, 220),
     "resnet110-A": (1.1883, 15.84, 2.28, 190), "resnet110-B": (1.6273, 38.55, 32.38, 260),
     "resnet34-A": (1.1816, 15.37, 7.55, 106), "resnet34-B": (1.3164, 24.03, 10.68, 118),
+    "vgg16-imagenet-conv": (3.2266, 69.01, 4.99, 180), "vgg16-imagenet-gap": (3.3116, 69.8, 93.98, 180), "vgg16-imagenet-tiny": (15.3526, 93.49, 99.04, 180), "vgg16-imagenet-5x": (4.3975, 77.26, 5.41, 180),
     "resnet50-thinet-30": (3.479, 71.26, 66.08, 180), "resnet50-thinet-50": (2.2354, 55.26, 51.54, 180), "resnet50-thinet-70": (1.569, 36.26, 33.69, 141),
 }
 
@@ -98,7 +109,12 @@ def test_channel_lists():
     assert free("resnet56-B") == [6]*7 + [16, 16, 32] + [22]*6 + [32, 22, 64] + [57]*7 + [64]
     assert free("resnet110-A") == [8]*17 + [16] + [32]*18 + [64]*18
     assert free("resnet110-B") == [8]*17 + [16, 32] + [19]*17 + [64] + [44]*17
+    assert free("vgg16-imagenet-conv") == [32]*2 + [64]*2 + [128]*3 + [256]*3 + [512]*3 + [4096]*2
+    assert free("vgg16-imagenet-gap") == [32]*2 + [64]*2 + [128]*3 + [256]*3 + [512]*3
+    assert free("vgg16-imagenet-tiny") == [16]*2 + [32]*2 + [64]*3 + [128]*5 + [256]
+    assert free("vgg16-imagenet-5x") == [24, 22, 41, 51, 108, 89, 111, 184, 276, 228, 512, 512, 512, 4096, 4096]
     # bases of network slimming and of the unstructured studies
+    assert free("vgg11-slimming-imagenet") == [64, 128, 256, 256, 512, 512, 512, 512, 4096, 4096]
     assert free("vgg19") == [64]*2 + [128]*2 + [256]*4 + [512]*8
     assert free("preresnet164") == [16]*36 + [32]*36 + [64]*36 and [s.width for s in zoo.arch("preresnet164").sites() if s.kind == "stream"] == [16, 64, 128, 256]
     assert len(free("preresnet110")) == 3*12*2
@@ -158,6 +174,29 @@ def test_records_of_older_versions_are_read(tmp_path):
 
 
 
+@pytest.mark.parametrize("ours,theirs", [("vgg11-imagenet", "vgg11"), ("vgg11-bn-imagenet", "vgg11_bn"), ("vgg16-imagenet", "vgg16"), ("vgg16-bn-imagenet", "vgg16_bn")])
+def test_torchvisions_vggs(ours, theirs):
+    "Weights both ways by name; the same parameters and costs; the same logits, from random weights with random batch norms"
+    import torchvision
+    from rethink_nb.arch.torchvision import from_torchvision, to_torchvision
+    a = zoo.arch(ours)
+    with torch.device("meta"): other = getattr(torchvision.models, theirs)(weights=None)
+    other = random_bn(other.to_empty(device="cpu")).eval() # its own start of 138 M parameters takes ten seconds
+    for p in other.parameters(): p.dim() > 1 and torch.nn.init.uniform_(p, -(w := (6/p[0].numel())**.5), w)
+    for m in other.features: isinstance(m, torch.nn.Conv2d) and torch.nn.init.uniform_(m.bias, -1, 1)
+    for m in other.classifier: isinstance(m, torch.nn.Linear) and torch.nn.init.uniform_(m.bias, -1, 1)
+    state = other.state_dict()
+    net = from_torchvision(a, state).eval()
+    back = to_torchvision(net)
+    assert back.keys() == state.keys() and all(torch.equal(v, state[k]) for k, v in back.items())
+    c = count(other, a.input)
+    assert (c.params, c.macs, c.flops) == (a.count().params, a.count().macs, a.count().flops)
+    x = torch.randn(1, 3, 224, 224)
+    with torch.no_grad(): assert (net(x) - other(x)).abs().max() <= 1e-5*other(x).abs().max()
+    x = torch.randn(1, 3, 96, 70) # pooled up to 7x7
+    with torch.no_grad(): assert (net(x) - other(x)).abs().max() <= 1e-5*other(x).abs().max()
+
+
 # facts/surgery_and_flops.md section 5: torchvision's own ResNets and VGG (no module for pooling, no bias in downsampling convolutions)
 @pytest.mark.parametrize("name,flops,macs", [("resnet34", 7_340_368_872, 3_663_761_408), ("resnet50", 8_212_012_520, 4_089_184_256),
                                              ("vgg16", 30_973_762_536, 15_470_264_320), ("mobilenet_v2", 614_905_768, 300_774_272)])
@@ -194,7 +233,7 @@ def test_what_check_accepts_can_be_built_run_and_cut(family):
             for _ in range(random.randint(1, 2)): a = _changed(a, random)
             a.check()
         except UserError: continue
-        net = random_bn(a.build(seed)).double().eval()
+        net = random_net(a.build(seed)).double().eval()
         for c in a.constants: torch.nn.init.normal_(net.get_submodule(c.at).constant)
         net(torch.randn(1, *a.input, dtype=torch.float64))
         plan = random_plan(net, seed)

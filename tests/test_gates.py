@@ -10,7 +10,7 @@ from rethink_nb.study import Study
 from rethink_nb.surgery import cut, load, save
 from rethink_nb.surgery.plan import Plan
 from rethink_nb.testing.sweeps import sweep_archs
-from rethink_nb.testing.toys import random_bn, toy_archs
+from rethink_nb.testing.toys import random_bn, random_net, toy_archs
 
 ARCHS = sweep_archs()
 CASES = [(a, on) for a in ARCHS for on in GATES if gate_sites(ARCHS[a], on)]
@@ -20,7 +20,7 @@ CASES = [(a, on) for a in ARCHS for on in GATES if gate_sites(ARCHS[a], on)]
 def test_what_sss_cuts_is_what_was_trained(arch, on):
     "In double precision, a third of the factors at zero: logits before, folded, masked and cut"
     a = gated(ARCHS[arch], on, group=4)
-    net = random_bn(a.build(seed=1), seed=2).double().eval()
+    net = random_net(a.build(seed=1), seed=2).double().eval()
     g = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for v in gates_of(net).values(): v.copy_(torch.rand(len(v), generator=g)*(torch.rand(len(v), generator=g) > (.33 if a.family != "vgg" else 0) if len(v) == 1 else torch.arange(len(v)) % 3 != 0))

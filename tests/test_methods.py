@@ -11,11 +11,13 @@ from rethink_nb.core.events import call_all
 from rethink_nb.methods.survey import sensitivity
 from rethink_nb.surgery import Plan, fresh, load, save
 from rethink_nb.testing.sweeps import amounts_of, needs_of, sweep_archs
-from rethink_nb.testing.toys import random_bn, toy_archs, toy_images
+from rethink_nb.testing.toys import random_bn, random_net, toy_archs, toy_images
 
 ARCHS = sweep_archs()
 # methods that look at images take long in double precision: on larger networks they are asked once
-SWEEP = [(m, a, str(r)) for m in methods.names() for a in ARCHS for r in amounts_of(m) if r == {"ratio": .4} or "batches" not in methods.info(m).needs or a in toy_archs()]
+ASKED = [(m, a, str(r)) for m in methods.names() for a in ARCHS for r in amounts_of(m) if r == {"ratio": .4} or "batches" not in methods.info(m).needs or a in toy_archs()]
+UNSCALED = [(m, a, r) for m, a, r in ASKED if m in ("slimming", "guided") and not ARCHS[a].switches.norm and ARCHS[a].switches.head != "flat-norm"] # without batch norm
+SWEEP = [case for case in ASKED if case not in UNSCALED]
 
 
 def steps(net, callbacks, n=2):
@@ -38,7 +40,7 @@ def sized(a): return a.widths, {s.site: len(s.channels) for s in a.selections}
 @pytest.mark.parametrize("method,arch,asked", SWEEP)
 def test_every_method_on_every_family(method, arch, asked, tmp_path):
     a, asked = ARCHS[arch], next(r for r in amounts_of(method) if str(r) == asked)
-    net = random_bn(a.build(seed=1), seed=2).double().eval()
+    net = random_net(a.build(seed=1), seed=2).double().eval()
     before = {k: v.clone() for k, v in net.state_dict().items()}
     p = methods.prune(method, net, seed=3, **asked, **needs_of(method, a))
     v = p.verify(torch.randn(4, *a.input), tolerance=1e-9) # few images: double precision is slow
@@ -60,6 +62,12 @@ def test_every_method_on_every_family(method, arch, asked, tmp_path):
         moved = [not torch.equal(was[k], v) for k, v in n.named_parameters() if k.endswith("weight")]
         assert moved[-1] and sum(moved) > len(moved)/2 # a branch one channel wide may be silent for all eight images
         for k, m in (p.masks or {}).items(): assert not n.get_parameter(k)[~m].any()
+
+
+@pytest.mark.parametrize("method,arch", sorted({case[:2] for case in UNSCALED}))
+def test_methods_that_need_batch_norm_say_so(method, arch):
+    with pytest.raises(UserError, match="^slimming cannot (prune this vgg|guide the pruning of this vgg): no batch norm scales channels"): methods.prune(method, ARCHS[arch].build(), .4)
+    with pytest.raises(UserError, match="^sss cannot prune this vgg: .* no batch norm"): methods.prune("sss", ARCHS[arch].build())
 
 
 @pytest.mark.parametrize("method", [m for m in methods.names() if methods.info(m).amounts])

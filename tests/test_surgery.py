@@ -12,7 +12,7 @@ from rethink_nb.core.errors import UserError
 from rethink_nb.surgery import Plan, cut, fresh, masked, pack, verify
 from rethink_nb.testing.families import random_plan
 from rethink_nb.testing.sweeps import amounts_of, needs_of, sweep_archs
-from rethink_nb.testing.toys import random_bn, toy_archs
+from rethink_nb.testing.toys import random_bn, random_net, toy_archs
 
 ARCHS = sweep_archs()
 
@@ -96,11 +96,11 @@ def silenced(net, plan):
         for h in hooks: h.remove()
 
 
-@pytest.mark.parametrize("arch", ["vgg", "resnet", "preresnet", "densenet", "densenet-bc", "resnet50-lottery", "imagenet-resnet", "bottlenecks"])
+@pytest.mark.parametrize("arch", ["vgg", "resnet", "preresnet", "densenet", "densenet-bc", "resnet50-lottery", "imagenet-resnet", "bottlenecks", "imagenet-vgg", "imagenet-vgg-scaled"])
 @pytest.mark.parametrize("seed", range(6))
 def test_cut_is_the_network_with_silent_activations(arch, seed):
     a, random = ARCHS[arch], Random(seed)
-    net = random_bn(a.build(seed), seed).double().eval()
+    net = random_net(a.build(seed), seed).double().eval()
     some = [s for s in a.sites() if s.kind != "route" and random.random() < .4] or [a.sites()[0]]
     plan = Plan(parent=a.id, keep={s.name: tuple(sorted(random.sample(range(s.width), max(1, s.width//2)))) for s in some})
     x = torch.randn(3, *a.input, dtype=torch.float64)
@@ -181,11 +181,11 @@ def test_scores_that_are_not_numbers_are_refused():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("arch", ["vgg", "resnet", "preresnet", "densenet", "densenet-bc", "resnet50-lottery", "imagenet-resnet", "bottlenecks"])
+@pytest.mark.parametrize("arch", ["vgg", "resnet", "preresnet", "densenet", "densenet-bc", "resnet50-lottery", "imagenet-resnet", "bottlenecks", "imagenet-vgg", "imagenet-vgg-scaled"])
 @pytest.mark.parametrize("seed", range(4))
 def test_on_a_gpu_it_is_the_same(arch, seed):
     "Selections, routes, constants and weight masks on the device: cut = masked, and both are what the CPU makes of the same plan"
-    net = random_bn(ARCHS[arch].build(seed), seed).double().eval()
+    net = random_net(ARCHS[arch].build(seed), seed).double().eval()
     for again in (0, 1): # the second time from a network with selections and constants
         plan = random_plan(net, 2*seed + again, constants=seed % 2 == 1)
         try: here = methods.carry_out(net, plan)
@@ -196,4 +196,4 @@ def test_on_a_gpu_it_is_the_same(arch, seed):
         single = methods.carry_out(deepcopy(net).float().cuda(), plan)
         assert single.verify().ok # TF32 or not
         assert fresh(here.arch, here.masks, seed=1).arch == fresh(there.arch, there.masks, seed=1).arch
-        net = random_bn(here.net, seed + 1).eval()
+        net = random_net(here.net, seed + 1).eval()

@@ -12,7 +12,7 @@ from rethink_nb.arch.spec import Switches
 from rethink_nb.core.errors import UserError
 from rethink_nb.surgery import Plan, cut, fresh, load, masked, save, verify
 from rethink_nb.testing.families import random_plan
-from rethink_nb.testing.toys import random_bn, toy_archs
+from rethink_nb.testing.toys import random_net, toy_archs
 
 
 def switched(name, **switches): return toy_archs()[name].replace(switches=toy_archs()[name].switches.replace(**switches))
@@ -30,6 +30,10 @@ ARCHS = {
     "densenet-after": switched("densenet", select_after_norm=True),
     "imagenet-resnet": Arch(family="imagenet_resnet", stages=(1, 2), widths=(3, 5, 4, 6, 5), input=(2, 13, 9)),
     "imagenet-bottlenecks": Arch(family="imagenet_resnet", stages=(2, 1), widths=(3, 6, 5, 4, 3, 5, 4, 3, 6), input=(1, 16, 16), switches=Switches(bottleneck=True, shortcut_bias=True)),
+    "vgg-flat": Arch(family="vgg", stages=(1, 2, 2), widths=(3, 5, 4, 7, 6), input=(2, 14, 14), switches=Switches(head="flat", norm=False, conv_bias=True)),
+    "vgg-flat-scaled": Arch(family="vgg", stages=(2, 1), widths=(3, 4, 6), input=(1, 9, 14), switches=Switches(head="flat-norm", bn_init=.5)),
+    "vgg-flat-bn": Arch(family="vgg", stages=(1, 2, 1), widths=(4, 3, 5, 6), input=(1, 11, 8), switches=Switches(head="flat", conv_bias=True)),
+    "vgg-plain": switched("vgg", norm=False),
     "densenet-bottleneck": BOTTLENECK,
     "densenet-bottleneck-after": BOTTLENECK.replace(switches=BOTTLENECK.switches.replace(select_after_norm=True)),
 }
@@ -75,12 +79,12 @@ def run_cases(name, n, tmp):
     @settings(max_examples=n, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
     @given(st.integers(0, 2**32), st.sampled_from([.15, .5, 1.]), st.sampled_from([0., .1, .5]), st.booleans())
     def cases(seed, touched, zeros, constants):
-        net = random_bn(arch.build(seed % 1000), seed).double().train(bool(seed % 2))
+        net = random_net(arch.build(seed % 1000), seed).double().train(bool(seed % 2))
         before = {k: v.clone() for k, v in net.state_dict().items()}
         small = check(net, random_plan(net, seed, touched, zeros, constants), tmp/"one", seen)
         assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items()) and net.training == bool(seed % 2)
         # what was pruned once can be pruned again: selections, routes and constants of the parent are cut too
-        if small is not None: check(random_bn(small, seed + 1), random_plan(small, seed + 1, touched, zeros, constants), tmp/"two", seen)
+        if small is not None: check(random_net(small, seed + 1), random_plan(small, seed + 1, touched, zeros, constants), tmp/"two", seen)
 
     cases()
     print(f"\n{name}: " + ", ".join(f"{k} {v:.1e}" if k == "worst" else f"{k} {v}" for k, v in seen.items()))

@@ -271,7 +271,7 @@ def attach_constants(
         m.register_buffer("constant", torch.zeros(c.shape))
         m.register_forward_hook(plus_constant)
 
-# %% ../../nbs/arch/parts.ipynb #03f828e5
+# %% ../../nbs/arch/parts.ipynb #93371332
 class Gate(Record, frozen=True):
     "Trainable factors on what a module puts out; they start at 1"
     at: str # name of the module
@@ -279,9 +279,9 @@ class Gate(Record, frozen=True):
 
 def times_gate(m:nn.Module, args, y:torch.Tensor) -> torch.Tensor: # a forward hook
     "What a module puts out times its factors"
-    return y*m.gate.repeat_interleave(y.shape[1]//len(m.gate))[:, None, None]
+    return y*m.gate.repeat_interleave(y.shape[1]//len(m.gate)).view(-1, *[1]*(y.dim() - 2))
 
-# %% ../../nbs/arch/parts.ipynb #66dc6e6d
+# %% ../../nbs/arch/parts.ipynb #dc855e99
 def attach_gates(
     net:nn.Module, # changed in place
     gates:tuple[Gate, ...],
@@ -289,7 +289,7 @@ def attach_gates(
     "Give modules a parameter `gate`, 1 for now, that multiplies what they put out"
     for g in gates:
         m = _module_at(net, g.at, "a gate is to be put")
-        if not isinstance(m, (nn.Conv2d, nn.BatchNorm2d)): raise UserError(f"a gate is to be put at {g.at or 'the network'}, a {type(m).__name__}: it can be at a convolution or a batch norm")
+        if not isinstance(m, (nn.Conv2d, nn.BatchNorm2d, nn.BatchNorm1d)): raise UserError(f"a gate is to be put at {g.at or 'the network'}, a {type(m).__name__}: it can be at a convolution or a batch norm")
         if not 1 <= g.factors <= len(m.weight) or len(m.weight) % g.factors: raise UserError(f"the gate at {g.at} has {g.factors} factors for {len(m.weight)} channels: give a divisor of them")
         m.gate = nn.Parameter(torch.ones(g.factors, device=m.weight.device, dtype=m.weight.dtype))
         m.register_forward_hook(times_gate)

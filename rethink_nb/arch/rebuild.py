@@ -58,18 +58,19 @@ def held(net:nn.Module) -> dict[str, torch.Tensor]:
         state.update({at + k: b for k, b in m._buffers.items() if b is not None and k not in m._non_persistent_buffers_set})
     return state
 
-# %% ../../nbs/arch/rebuild.ipynb #aaade4b5
+# %% ../../nbs/arch/rebuild.ipynb #97013684
 def keep_settings(
     net:nn.Module,
     other:nn.Module, # made of it; changed in place
 ):
-    "Carry over what is neither in the Arch nor in the state: training or evaluation, momentum of batch norms, parameters that are frozen"
+    "Carry over what is neither in the Arch nor in the state: training or evaluation, momentum of batch norms, probability of dropout, parameters that are frozen"
     there = dict(layers_of(other))
     for name, m in layers_of(net):
         if name not in there: continue
         new, old = vars(there[name]), vars(m) # a module's own table: setting attributes one by one took a tenth of the whole cut
         new["training"] = old["training"]
-        if "momentum" in old: new["momentum"] = old["momentum"]
+        for k in ("momentum", "p"):
+            if k in old: new[k] = old[k]
         for k, p in old["_parameters"].items():
             if p is not None and not p.requires_grad and k in new["_parameters"]: new["_parameters"][k].requires_grad_(False)
 

@@ -23,10 +23,11 @@ from ..core.record import Record, check_types
 from ..core.registry import Registry
 from ..core.seed import seeded
 
-# %% ../../nbs/arch/spec.ipynb #48131c38
+# %% ../../nbs/arch/spec.ipynb #b41daa51
 class Switches(Record, frozen=True):
     "What differs between networks of one family; defaults are the plain, correct choice"
-    head: str = "linear" # "linear", or "hidden": Linear(512)-BN-ReLU-Linear, the VGG of the reference's L1 study (reference_traps B12)
+    head: str = "linear" # VGG: "linear"; "hidden": Linear(512)-BN-ReLU-Linear, the reference's L1 study (reference_traps B12); "flat": hidden layers on flattened 7x7 maps, with dropout, as torchvision's; "flat-norm": those with batch norm instead, the reference's ImageNet slimming
+    norm: bool = True # VGG: batch norm behind convolutions
     conv_bias: bool = False # convolutions with bias: the reference's unstructured and lottery VGGs
     bn_init: float = 1. # start of batch norm's weight: 0.5 in the reference's L1 and slimming VGGs
     conv_init: str = "fan_out" # He normal by "fan_out" (reference: most networks) or "fan_in" (its unstructured VGG)
@@ -77,7 +78,7 @@ class Builder(Record, frozen=True):
 class Arch(Record, frozen=True):
     "A network as a value"
     family: str # name of the module in `rethink_nb.arch` that builds it
-    stages: tuple[int, ...] # convolutions (VGG) or blocks (ResNet) per stage
+    stages: tuple[int, ...] # convolutions (VGG; with a flat head its hidden layers, last) or blocks (ResNet) per stage
     widths: tuple[int, ...] # channels per site, in the order of `sites()`
     classes: int = 10
     input: tuple[int, int, int] = (3, 32, 32) # channels, height, width

@@ -23,16 +23,16 @@ def scaled(widths, by:float) -> tuple[int, ...]:
     if not 0 < by <= 64: raise UserError(f"width {by}: give a multiplier above 0 and up to 64")
     return tuple(w and max(1, int(w*by + .5)) for w in widths)
 
-# %% ../../nbs/arch/zoo.ipynb #aab8e232
+# %% ../../nbs/arch/zoo.ipynb #56dcada1
 def vgg(
     stages:tuple[int, ...], # convolutions per stage
-    widths:tuple[int, ...]=(64, 128, 256, 512, 512), # channels per stage
+    widths:tuple[int, ...]=(64, 128, 256, 512, 512), # channels per stage, or per layer
     width:float=1., # multiplier of all of them
     classes:int=10, input:tuple[int, int, int]=(3, 32, 32),
     **switches, # see `Switches`
 ) -> Arch:
-    "A VGG whose layers have one width per stage"
-    per_layer = [w for w, n in zip(widths, stages) for _ in range(n)]
+    "A VGG whose layers have one width per stage, or each its own"
+    per_layer = widths if len(widths) == sum(stages) else [w for w, n in zip(widths, stages) for _ in range(n)]
     return Arch(family="vgg", stages=stages, widths=scaled(per_layer, width), classes=classes, input=tuple(input), switches=Switches(**switches))
 
 # %% ../../nbs/arch/zoo.ipynb #43852b94
@@ -42,6 +42,14 @@ networks.register("vgg16", partial(vgg, _STAGES["vgg16"], head="hidden", bn_init
 networks.register("vgg16-lottery", partial(vgg, _STAGES["vgg16"], conv_bias=True, bn_init=.5, conv_init="fan_in"))
 networks.register("vgg19", partial(vgg, _STAGES["vgg19"], bn_init=.5))
 networks.register("vgg19-weight", partial(vgg, _STAGES["vgg19"], conv_bias=True, conv_init="fan_in"));
+
+# %% ../../nbs/arch/zoo.ipynb #ad2f2061
+_large = partial(partial, vgg, classes=1000, input=(3, 224, 224), conv_bias=True)
+for _name in ("vgg11", "vgg16"):
+    for _bn, _norm in (("", False), ("-bn", True)): networks.register(f"{_name}{_bn}-imagenet", _large((*_STAGES[_name], 2), (64, 128, 256, 512, 512, 4096), head="flat", norm=_norm))
+networks.register("vgg11-slimming-imagenet", _large((*_STAGES["vgg11"], 2), (64, 128, 256, 512, 512, 4096), head="flat-norm", bn_init=.5))
+networks.register("vgg16-imagenet-gap", _large(_STAGES["vgg16"], (32, 64, 128, 256, 512), norm=False))
+networks.register("vgg16-imagenet-tiny", _large(_STAGES["vgg16"], (16, 16, 32, 32, 64, 64, 64, 128, 128, 128, 128, 128, 256), norm=False));
 
 # %% ../../nbs/arch/zoo.ipynb #08ab8187
 def resnet(
@@ -120,11 +128,13 @@ networks.register("densenet100-weight", partial(densenet, 32, compression=2));
 networks.register("vgg-digits", partial(vgg, (1, 1, 1), (16, 32, 32), input=(1, 8, 8)))
 networks.register("resnet8-digits", partial(resnet, (1, 1, 1), (8, 16, 32), input=(1, 8, 8)));
 
-# %% ../../nbs/arch/zoo.ipynb #dd52307f
+# %% ../../nbs/arch/zoo.ipynb #830c2a81
 def _runs(*runs:tuple[int, int]) -> tuple[int, ...]: return tuple(w for w, n in runs for _ in range(n))
 
 targets = {
     "vgg16-A": _runs((32, 1), (64, 1), (128, 2), (256, 9)),
+    "vgg16-imagenet-conv": _runs((32, 2), (64, 2), (128, 3), (256, 3), (512, 3), (4096, 2)), # ThiNet's VGG-Conv
+    "vgg16-imagenet-5x": (24, 22, 41, 51, 108, 89, 111, 184, 276, 228, 512, 512, 512, 4096, 4096), # the regression method's VGG-5x
     "resnet34-A": _runs((64, 1), (44, 2), (128, 1), (89, 2), (128, 1), (256, 1), (179, 4), (256, 1), (512, 3)),
     "resnet34-B": _runs((64, 1), (32, 2), (128, 1), (51, 2), (128, 1), (256, 1), (153, 4), (256, 1), (512, 3)),
     **{f"resnet50-thinet-{kept}": _runs(*zip((64*kept//100, 128*kept//100, 256*kept//100, 512*kept//100), (6, 8, 12, 6))) for kept in (30, 50, 70)},
@@ -162,7 +172,7 @@ def arch(
     given = dict(classes=classes, input=input and tuple(input))
     if ":" in name: return _external(name, width, {k: v for k, v in given.items() if v is not None}, switches)
     a = networks.get(name)(width=width, **{k: v for k, v in given.items() if v is not None})
-    return a.replace(switches=_switched(a, switches)).check() if switches else a
+    return _switched(a, switches) if switches else a
 
 # %% ../../nbs/arch/zoo.ipynb #a7e3eace
 def check_name(name:str):
@@ -177,12 +187,15 @@ def _external(name:str, width:float, given:dict, arguments:dict) -> Arch:
     return external(name, **given, **arguments)
 
 # %% ../../nbs/arch/zoo.ipynb #c04df0a2
-def _switched(a:Arch, switches:dict) -> Switches:
-    "Some switches set; one that the family does not look at is refused"
+def _switched(a:Arch, switches:dict) -> Arch:
+    "Some switches set; one that the family does not look at, or that would make another network of it, is refused"
     own = [n for n in a.module().switches if n != "bottleneck"] # with which it would have other widths too, and another name
     for name in switches:
         if name not in own: raise UserError(f"{a.family} has no switch {name!r}: there are {', '.join(own)}")
-    return Switches.from_dict(a.switches.replace(**switches).to_dict())
+    other = a.replace(switches=Switches.from_dict(a.switches.replace(**switches).to_dict())).check()
+    layers = lambda x: [s.name for s in x.sites()[:len(x.widths)]]
+    if layers(a) != layers(other): raise UserError(f"{', '.join(f'{k}={v!r}' for k, v in switches.items())}: that is another network, with other layers, and has a name of its own")
+    return other
 
 # %% ../../nbs/arch/zoo.ipynb #d366dc3d
 def names() -> list[str]:

@@ -33,10 +33,10 @@ def filter_scores(
     for s in writers: total[selected(net.arch, s)] += reduce(torch.add, map(sums, s.outs)) # a block may write to some channels only
     return total.sqrt() if norm == "l2" else total
 
-# %% ../../nbs/methods/l1.ipynb #10e37f4b
-def _sums(conv:nn.Conv2d, norm:str, bn:nn.BatchNorm2d | None) -> torch.Tensor: # (out_channels,), float64
-    "Sums of absolute or squared weights a filter, times what batch norm multiplies them by"
-    total = (conv.weight.abs() if norm == "l1" else conv.weight.double().square()).sum((1, 2, 3), dtype=torch.float64).cpu()
+# %% ../../nbs/methods/l1.ipynb #10d5f5d8
+def _sums(layer:nn.Module, norm:str, bn:nn.Module | None) -> torch.Tensor: # (filters,), float64
+    "Sums of absolute or squared weights a filter, or a unit of a linear layer, times what batch norm multiplies them by"
+    total = (layer.weight.abs() if norm == "l1" else layer.weight.double().square()).sum(tuple(range(1, layer.weight.dim())), dtype=torch.float64).cpu()
     if bn is None: return total
     scale = (bn.weight.double().abs()/(bn.running_var.double() + bn.eps).sqrt()).cpu()
     return total*(scale if norm == "l1" else scale.square())

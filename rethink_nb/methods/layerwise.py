@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LAYER_OPTIONS', 'TARGETS', 'read_sites', 'layer_counts', 'look', 'put_back', 'choose_by_layer']
 
-# %% ../../nbs/methods/layerwise.ipynb #77df68b0
+# %% ../../nbs/methods/layerwise.ipynb #78392289
 from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
@@ -18,8 +18,8 @@ from ..arch.spec import Arch, Site
 from ..core.errors import UserError
 from ..core.seed import generator
 from .base import CHANNEL_OPTIONS, Ask, Choice, channels_asked
-from .reconstruct import RESCALES, Layer, drawn_layer, refit
-from ..surgery.capture import Seen, gather_images, readers, room_for, seen, watch
+from .reconstruct import RESCALES, Layer, check_size, drawn_layer, refit
+from ..surgery.capture import Seen, gather_images, read_sizes, readers, room_for, seen, watch
 from ..surgery.plan import selected
 
 # %% ../../nbs/methods/layerwise.ipynb #7ad0766b
@@ -32,7 +32,7 @@ def read_sites(
     inner = [s for s in found if s.kind == "inner"]
     return found if inputs or not inner else inner
 
-# %% ../../nbs/methods/layerwise.ipynb #4ecfb4b4
+# %% ../../nbs/methods/layerwise.ipynb #c1f84f1b
 LAYER_OPTIONS = dict(CHANNEL_OPTIONS, min_keep=0, inputs=False, rescale="scalar", targets="current", images=1000, draws=10)
 TARGETS = ("current", "original")
 
@@ -47,6 +47,7 @@ def layer_counts(arch:Arch, amount:dict, options:dict) -> dict[str, int]:
         if n == arch.site(name).width: continue
         if name not in readers(arch): raise UserError(f"{name} is read by several layers, and channels are judged here by the one that reads them: there are {', '.join(s.name for s in read_sites(arch, True))}")
         if n < 1: raise UserError(f"{name} ({arch.site(name).width} channels) would be left empty: remove less, or say min_keep=1")
+        if options["rescale"] == "full": check_size(read_sizes(arch)[name], name)
     return counts
 
 # %% ../../nbs/methods/layerwise.ipynb #4b97d583
@@ -101,7 +102,7 @@ def _unscaled(net:nn.Module, layer:str) -> torch.Tensor | float: # (outputs,)
     gamma, std = bn.weight.detach().double().cpu(), (bn.running_var.double() + bn.eps).sqrt().cpu()
     return torch.where(gamma.abs() > 1e-6, std/gamma, 0.)
 
-# %% ../../nbs/methods/layerwise.ipynb #3a4c820a
+# %% ../../nbs/methods/layerwise.ipynb #a8503bd8
 @torch.no_grad()
 def put_back(
     net:nn.Module, # changed in place
@@ -112,7 +113,7 @@ def put_back(
 ):
     "Give a layer its new weights; the intercept goes into its bias, or into the running mean behind it"
     m = net.get_submodule(layer)
-    whole = torch.zeros(m.weight.shape[0], m.weight.shape[1], weight.shape[2], dtype=weight.dtype)
+    whole = torch.zeros(len(m.weight), m.weight[0].numel()//weight.shape[2], weight.shape[2], dtype=weight.dtype)
     whole[:, list(kept)] = weight
     m.weight.copy_(whole.view(m.weight.shape))
     if not intercept.any(): return

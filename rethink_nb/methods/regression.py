@@ -6,7 +6,7 @@
 __all__ = ['REGRESSION_OPTIONS', 'Design', 'design_of', 'LassoOf', 'Found', 'lasso_search', 'lasso_choice', 'check_fit',
            'choose_lasso']
 
-# %% ../../nbs/methods/regression.ipynb #2bc9a9c5
+# %% ../../nbs/methods/regression.ipynb #151ca3ae
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import sqrt
@@ -21,7 +21,7 @@ from ..core.seed import generator
 from .base import Ask, Choice, Method, register
 from .layerwise import LAYER_OPTIONS, choose_by_layer, layer_counts
 from .ranking import largest
-from .reconstruct import Layer, solved
+from .reconstruct import Layer, check_size, solved
 
 # %% ../../nbs/methods/regression.ipynb #ce39941f
 @dataclass(frozen=True)
@@ -32,11 +32,12 @@ class Design:
     energy: float # of what is to be explained
     rows: int
 
-# %% ../../nbs/methods/regression.ipynb #66f689eb
+# %% ../../nbs/methods/regression.ipynb #80825330
 def design_of(l:Layer) -> Design:
     "The regression of all of a layer's answers, in all its rows, on what each channel adds to them"
     x, w, y = l.x.double(), l.weight, l.answers
     (n, channels, places), m = x.shape, len(x)*len(w)
+    check_size(channels*places, l.site)
     product = (x.flatten(1).T @ x.flatten(1)).mul_(w.flatten(1).T @ w.flatten(1))
     gram = product.view(channels, places, channels, places).sum((1, 3))
     right = ((y @ w.flatten(1)).view(n, channels, places)*x).sum((0, 2))

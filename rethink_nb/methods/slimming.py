@@ -16,7 +16,7 @@ from .base import Method, register
 from .ranking import SCORE_OPTIONS, by_score, channel_rounds, counts_by_scope
 from ..surgery.plan import selected
 
-# %% ../../nbs/methods/slimming.ipynb #0a1c7094
+# %% ../../nbs/methods/slimming.ipynb #2a886d8b
 class SparseScales(Callback):
     "Add the subgradient of a price on batch norm's scales, and keep all scales at every epoch's end"
     def __init__(self,
@@ -26,7 +26,9 @@ class SparseScales(Callback):
         self.strength, self.history = float(strength), [] # of (channels,) tensors, one an epoch
 
     def prepare(self, net:nn.Module):
-        self.scales = [m.weight for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
+        of_sites = {n for s in net.arch.sites() for n in s.norms} # those over vectors, of hidden layers, too
+        self.scales = [m.weight for name, m in net.named_modules() if isinstance(m, nn.BatchNorm2d) or name in of_sites]
+        if not self.scales: raise UserError(f"slimming cannot train this {net.arch.family}: it has no batch norm whose scales could shrink")
 
     @torch.no_grad()
     def after_backward(self, net:nn.Module):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['cut_state', 'cut', 'fresh']
 
-# %% ../../nbs/surgery/cut.ipynb #d87d7c65
+# %% ../../nbs/surgery/cut.ipynb #dd86e354
 from math import sqrt
 
 import torch
@@ -18,9 +18,9 @@ from ..core.errors import UserError
 from ..core.seed import generator
 from .constants import leftovers
 from .mask import check_masks, fitting
-from .plan import Plan, WeightMask, alive, owned, silence, site_over
+from .plan import Plan, WeightMask, alive, inputs_of, owned, silence, site_over
 
-# %% ../../nbs/surgery/cut.ipynb #2d6f92e7
+# %% ../../nbs/surgery/cut.ipynb #a3dc37f2
 def cut_state(
     state:dict[str, torch.Tensor], # full-size parameters and buffers
     arch:Arch, # the architecture they belong to
@@ -40,7 +40,7 @@ def cut_state(
         channels = torch.tensor(kept[site.name], dtype=torch.long)
         rows((*site.outs, *site.norms), channels)
         state |= {f"{at}.constant": state[f"{at}.constant"].index_select(0, channels) for at, name in over.items() if name == site.name}
-        for m in site.ins: state[f"{m}.weight"] = state[f"{m}.weight"].index_select(1, channels)
+        for m in site.ins: state[f"{m}.weight"] = (w := state[f"{m}.weight"]).index_select(1, inputs_of(w, site, channels))
     return state
 
 # %% ../../nbs/surgery/cut.ipynb #eca7d134

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['masked', 'check_masks', 'check_bools', 'fitting']
 
-# %% ../../nbs/surgery/mask.ipynb #392b9974
+# %% ../../nbs/surgery/mask.ipynb #c8b2c949
 from copy import deepcopy
 
 import torch
@@ -13,21 +13,21 @@ from torch import nn
 
 from ..arch.rebuild import arch_of, filled, held, keep_settings
 from ..core.errors import UserError
-from .plan import Plan, WeightMask, alive, owned, routed, site_over
+from .plan import Plan, WeightMask, alive, inputs_of, owned, routed, site_over
 
-# %% ../../nbs/surgery/mask.ipynb #26090692
+# %% ../../nbs/surgery/mask.ipynb #fc2033f6
 @torch.no_grad()
 def _zero(m:nn.Module, gone:list[int], dim:int=0):
-    "Zero what a module has for some output channels (dim 0: weights, biases, constants) or input channels (dim 1: weights)"
+    "Zero what a module has for some output channels (dim 0: weights, biases, constants) or inputs (dim 1: weights)"
     for p in (m.weight,) if dim else (getattr(m, n, None) for n in ("weight", "bias", "constant")):
         if p is not None: p.index_fill_(dim, torch.tensor(gone, device=p.device), 0)
 
-# %% ../../nbs/surgery/mask.ipynb #0effa959
+# %% ../../nbs/surgery/mask.ipynb #0fed24a6
 def masked(
     net:nn.Module, # with its `.arch`; left as it is
     plan:Plan,
 ) -> nn.Module: # a copy of full size
-    "A copy in which every pruned channel is zero at its batch norm's output"
+    "A copy in which every pruned channel is zero at its batch norm's output, or its layer's where none follows"
     arch = arch_of(net)
     kept = plan.kept(arch)
     big = _rerouted(net, kept)
@@ -43,7 +43,7 @@ def masked(
             if site_over(arch, c.at) == name: _zero(big.get_submodule(c.at), gone)
         if plan.constants: continue
         if site.kind == "in" and not site.norms:
-            for m in site.ins: _zero(big.get_submodule(m), gone, dim=1)
+            for m in site.ins: _zero(layer := big.get_submodule(m), inputs_of(layer.weight, site, gone).tolist(), dim=1)
     return big
 
 # %% ../../nbs/surgery/mask.ipynb #bde13111

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['random_plan', 'check_family']
 
-# %% ../../nbs/testing/families.ipynb #a2e49b1f
+# %% ../../nbs/testing/families.ipynb #42321079
 from random import Random
 
 import torch
@@ -17,7 +17,7 @@ from ..surgery.cut import cut
 from ..surgery.mask import masked
 from ..surgery.plan import Plan, pack
 from ..surgery.verify import verify
-from .toys import random_bn
+from .toys import random_net
 
 # %% ../../nbs/testing/families.ipynb #52407451
 def random_plan(
@@ -39,7 +39,7 @@ def random_plan(
     masks = {k: pack(torch.rand(shape, generator=torch.Generator().manual_seed(random.randrange(2**32))) < random.random()) for k, shape in some}
     return Plan(parent=arch.id, keep=keep, constants=constants, masks=masks)
 
-# %% ../../nbs/testing/families.ipynb #50474bff
+# %% ../../nbs/testing/families.ipynb #826fe48a
 def check_family(
     arch:Arch, # small: many networks of it are built
     rounds:int=20,
@@ -47,13 +47,13 @@ def check_family(
     "Hold random plans against the masked network; the first that differs raises AssertionError"
     done = 0
     for seed in range(rounds):
-        net = random_bn(arch.build(seed), seed).double()
+        net = random_net(arch.build(seed), seed).double()
         for again in (0, 1):
             plan = random_plan(net, 2*seed + again, touched=(.2, .5, 1.)[seed % 3], zeros=(0., .1, .5)[seed//3 % 3], constants=seed % 2 == 1)
             if (small := _cut_or_refused(net, plan)) is None: break
             verdict = verify(masked(net, plan), small, torch.randn(2, *arch.input, dtype=torch.float64), tolerance=1e-9)
             assert verdict.ok, f"seed {seed}: {verdict}; plan {plan.keep}"
-            net, done = random_bn(small, seed + 1), done + 1
+            net, done = random_net(small, seed + 1), done + 1
     return done
 
 # %% ../../nbs/testing/families.ipynb #b275c914

@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['detectors', 'Detector', 'Backbone', 'detector', 'train_detector', 'mean_precision', 'precision_metric', 'seen']
 
-# %% ../../nbs/training/detection.ipynb #b3e07bab
+# %% ../../nbs/training/detection.ipynb #ef547d44
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import contextmanager
 from math import isfinite
 
 import torch
@@ -20,10 +19,10 @@ from ..core.events import Callback, call_all
 from ..core.mode import evaluating
 from ..core.record import Record, check_types, content_id
 from ..core.registry import Registry
-from ..core.seed import generator, seeded, stream
+from ..core.seed import generator, seeded
 from ..core.signals import Stopped, postponed
 from .checkpoint import Place, Saver, tensors_digest
-from .device import Meter, autocast, memory_told, pick_device, repeatable
+from .device import Meter, autocast, drawn_by, memory_told, pick_device, repeatable
 from .ledger import Cost, train_macs
 from .loop import Diverged, batches, optimiser, resolved
 from .recipe import Recipe
@@ -117,20 +116,12 @@ def _prepared(
     if flip: image, boxes = image.flip(2), torch.stack([image.shape[2] - boxes[:, 2], boxes[:, 1], image.shape[2] - boxes[:, 0], boxes[:, 3]], 1)
     return image, dict(boxes=boxes.to(device), labels=s.labels[~s.hard].to(device) + 1)
 
-# %% ../../nbs/training/detection.ipynb #fb1dd84a
-@contextmanager
-def _drawn_by(device:torch.device, *labels):
-    "Within, torch's global streams are those for this purpose"
-    with torch.random.fork_rng([device] if device.type == "cuda" else [], device_type="cuda"):
-        torch.manual_seed(stream(*labels))
-        yield
-
-# %% ../../nbs/training/detection.ipynb #3b06b310
+# %% ../../nbs/training/detection.ipynb #8859d3ef
 def _loss(model:nn.Module, scenes:list[Scene], r:Recipe, seed:int, epoch:int, step:int, flip:bool, device:torch.device) -> torch.Tensor:
     "The four losses of a Faster R-CNN, added"
     flips = (torch.rand(len(scenes), generator=generator(seed, "flip", epoch, step)) < .5) & flip & r.augment
     images, wanted = zip(*(_prepared(s, model.backbone.net.arch.input[0], device, bool(f)) for s, f in zip(scenes, flips)))
-    with _drawn_by(device, seed, "boxes", epoch, step), autocast(device, r.precision): return sum(model(list(images), list(wanted)).values())
+    with drawn_by(device, seed, "boxes", epoch, step), autocast(device, r.precision): return sum(model(list(images), list(wanted)).values())
 
 # %% ../../nbs/training/detection.ipynb #52d096c3
 def train_detector(

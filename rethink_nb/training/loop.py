@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['batches', 'steps_of', 'train_epoch', 'optimiser', 'History', 'Diverged', 'resolved', 'train']
 
-# %% ../../nbs/training/loop.ipynb #81c8d07a
+# %% ../../nbs/training/loop.ipynb #40fd06dc
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from math import isfinite, log
 
@@ -25,7 +26,7 @@ from ..core.signals import Stopped, postponed
 from .checkpoint import Place, Saver, tensors_digest
 from .augment import batch, draw
 from .data import Data
-from .device import Meter, autocast, best_precision, compile_told, memory_told, pick_device, repeatable
+from .device import Meter, autocast, best_precision, compile_told, drawn_by, memory_told, pick_device, repeatable
 from .ledger import Cost, epoch_steps, train_macs
 from .recipe import Recipe
 from .scores import evaluate, judged
@@ -60,7 +61,7 @@ def _new_sums(device:torch.device) -> dict[str, torch.Tensor]:
     "Loss times images, and images that were right"
     return dict(loss=torch.zeros((), device=device), right=torch.zeros((), device=device, dtype=torch.long))
 
-# %% ../../nbs/training/loop.ipynb #040dca78
+# %% ../../nbs/training/loop.ipynb #b55933ca
 def train_epoch(
     net:nn.Module,
     data:Data, # on the network's device
@@ -80,11 +81,12 @@ def train_epoch(
     order, moves = _epoch_draws(data, r, seed, epoch)
     place.sums = {k: v.to(device) for k, v in place.sums.items()} or _new_sums(device)
     parts, forward = batches(len(order), r.batch), net if forward is None else forward
+    drops = any(isinstance(m, nn.Dropout) for m in net.modules())
     for i in range(max(part.start, place.batch), part.stop):
         at, lr = parts[i], r.lr_at(epoch, i/len(parts))
         x, y = batch(data.train.images, order[at], data, moves and [m[at] for m in moves]), data.train.labels[order[at]]
         for g in opt.param_groups: g["lr"] = lr*g.get("lr_scale", 1)
-        with autocast(device, r.precision): logits = forward(x.contiguous(memory_format=torch.channels_last))
+        with autocast(device, r.precision), drawn_by(device, seed, "dropout", epoch, i) if drops else nullcontext(): logits = forward(x.contiguous(memory_format=torch.channels_last))
         loss = F.cross_entropy(logits.float(), y)
         opt.zero_grad(set_to_none=True)
         loss.backward()
