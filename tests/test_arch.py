@@ -11,6 +11,7 @@ from rethink_nb.arch.parts import Constant
 from rethink_nb.arch.spec import Selection
 from rethink_nb.core.errors import UserError
 from rethink_nb.surgery import Plan, cut, masked, verify
+from rethink_nb.surgery.plan import owned
 from rethink_nb.testing.families import random_plan
 from rethink_nb.testing.toys import random_bn, toy_archs
 from rethink_nb.training import recipe, scratch_b
@@ -34,6 +35,7 @@ PINNED = {
     "resnet50-thinet-30": (8_669_158,  1_166_283_835, 2_360_886_113),
     "resnet50-thinet-50": (12_385_704, 1_822_031_872, 3_674_383_592),
     "resnet50-thinet-70": (16_949_086, 2_601_392_356, 5_235_013_502),
+    "resnet50-thinet-2x": (19_697_424, 2_730_129_076, 5_493_782_306),
 }
 
 
@@ -51,7 +53,7 @@ def test_every_network(name):
     net = a.blank().eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad(): net(torch.zeros(1, *a.input, device="meta"))
     assert counter.get_total_flops() == 2*a.count().macs
-    for s in a.sites():
+    for s in owned(a).values(): # what a block reads by a list of its own belongs to that
         assert all(net.get_submodule(m).weight.shape[0] == s.width for m in (*s.outs, *s.norms))
         assert all(net.get_submodule(m).weight.shape[1] == s.width for m in s.ins)
 
@@ -77,6 +79,7 @@ ROWS = {
     "resnet110-A": (1.1883, 15.84, 2.28, 190), "resnet110-B": (1.6273, 38.55, 32.38, 260),
     "resnet34-A": (1.1816, 15.37, 7.55, 106), "resnet34-B": (1.3164, 24.03, 10.68, 118),
     "resnet50-thinet-30": (3.479, 71.26, 66.08, 180), "resnet50-thinet-50": (2.2354, 55.26, 51.54, 180), "resnet50-thinet-70": (1.569, 36.26, 33.69, 141),
+    "resnet50-thinet-2x": (1.4951, 33.11, 22.94, 134),
 }
 
 
@@ -105,6 +108,11 @@ def test_channel_lists():
     assert free("densenet40") == [12]*36 and [s.width for s in zoo.arch("densenet40").sites() if s.kind == "stream"] == [24, 168, 312]
     assert len(free("densenet100-weight")) == 3*32 and len(free("densenet-bc-100")) == 2*3*16
     assert zoo.arch("resnet50-lottery").stages == (8, 8, 8)
+    # triples of a bottleneck: what it reads, and its two inner widths
+    a, at = zoo.arch("resnet50-thinet-2x"), [f"stage{s}.block{b}" for s, n in enumerate((3, 4, 6, 3), 1) for b in range(1, n + 1)]
+    assert [a.site(f"{block}.{k}").width for block in at for k in ("in", "inner1", "inner2")] == [
+        35, 64, 55, 101, 51, 39, 97, 50, 37, 144, 128, 106, 205, 105, 72, 198, 105, 72, 288, 128, 110, 278, 256, 225, 418, 209, 147, 407, 204, 158, 423, 212, 155, 412, 211, 148,
+        595, 256, 213, 606, 512, 433, 1222, 512, 437, 1147, 512, 440]
 
 
 def test_the_slimming_network_in_the_references_order():

@@ -4,7 +4,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from rethink_nb import methods
-from rethink_nb.arch import Arch
+from rethink_nb.arch import Arch, zoo
 from rethink_nb.arch.count import count
 from rethink_nb.core.errors import UserError
 from rethink_nb.core.events import call_all
@@ -110,3 +110,26 @@ def test_sensitivity_of_every_structured_method(method, arch):
     assert found.groupby("site").value.is_monotonic_decreasing.all() and (found[found.kept < found.width].value < whole).all()
     streams = {s.name for s in a.sites() if s.kind == "stream"}
     assert (set(found.site) >= streams) == (method not in READING or not streams)
+
+
+@pytest.mark.parametrize("method, options", [("thinet", dict(rescale="none", images=8, draws=1)), ("layerwise", dict(select="l1", rescale="none", images=8)), ("random-channels", {})])
+def test_a_target_that_says_what_blocks_read(method, options):
+    "ResNet-2x: the network pruned is the target, channel lists included; a control draws others, as many"
+    a = zoo.arch("resnet50-thinet", classes=10, input=(3, 32, 32))
+    wanted = zoo.arch("resnet50-thinet-2x", classes=10, input=(3, 32, 32))
+    p = methods.prune(method, random_bn(a.build()), target="2x", **options, **({} if method == "random-channels" else {"batches": [toy_images(20, a)]}))
+    assert p.verify().ok and methods.pruned_arch(method, a, target="2x", **options) == wanted
+    assert p.arch == wanted if method != "random-channels" else sized(p.arch) == sized(wanted) and p.arch != wanted
+
+
+def test_a_target_that_says_what_blocks_read_is_refused_by_methods_that_choose_filters_alone():
+    net = zoo.arch("resnet50-thinet", classes=10, input=(3, 32, 32)).build()
+    for method in ("l1", "slimming", "uniform"):
+        with pytest.raises(UserError, match="which channels blocks read"): methods.prune(method, net, target="2x")
+
+
+@pytest.mark.slow
+def test_regression_goes_to_its_own_target():
+    a = zoo.arch("resnet50-thinet", classes=10, input=(3, 32, 32))
+    p = methods.prune("regression", random_bn(a.build()), target="2x", batches=[toy_images(20, a)], rescale="none", draws=2, rows=20)
+    assert p.verify().ok and p.arch == zoo.arch("resnet50-thinet-2x", classes=10, input=(3, 32, 32))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LAYER_OPTIONS', 'TARGETS', 'read_sites', 'layer_counts', 'look', 'put_back', 'choose_by_layer']
 
-# %% ../../nbs/methods/layerwise.ipynb #77df68b0
+# %% ../../nbs/methods/layerwise.ipynb #220d8a97
 from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
@@ -15,6 +15,7 @@ from torch import nn
 
 from ..arch.rebuild import held
 from ..arch.spec import Arch, Site
+from ..arch.zoo import target_selections
 from ..core.errors import UserError
 from ..core.seed import generator
 from .base import CHANNEL_OPTIONS, Ask, Choice, channels_asked
@@ -119,7 +120,7 @@ def put_back(
     if m.bias is not None: m.bias += intercept.to(m.bias)
     else: (mean := net.get_submodule(_norm(net.arch, layer)).running_mean).sub_(intercept.to(mean))
 
-# %% ../../nbs/methods/layerwise.ipynb #3eb3bb40
+# %% ../../nbs/methods/layerwise.ipynb #d906de79
 def choose_by_layer(
     net:nn.Module,
     ask:Ask, # its options are those of `LAYER_OPTIONS`, and more
@@ -130,12 +131,14 @@ def choose_by_layer(
     images, original = gather_images(ask.batches, net.arch, o["images"]), o["targets"] == "original"
     sites = {layer: site for site, layer in readers(net.arch).items() if ask.counts.get(site, net.arch.site(site).width) < net.arch.site(site).width}
     blocks = {layer: _block_beside(net.arch, layer) if original and o.get("shortcut") else "" for layer in sites}
+    given = target_selections(net.arch, ask.amount["target"]) if "target" in ask.amount else {}
     theirs = _originals(net, blocks, images, o["draws"], ask.seed) if original else lambda layer: None
     def met(layer, ours):
         site = sites[layer]
         l = _layer_of(net, site, ours, theirs(layer), ask.seed)
         if not (l.x.isfinite().all() and l.weight.isfinite().all() and (l.wanted is None or l.wanted.isfinite().all())): raise UserError(f"the weights of {layer}, or what it reads, are not finite; are all weights, and the images?")
-        keep[site], scores[site] = select(l, ask.counts[site])
+        if site in given: keep[site] = given[site]
+        else: keep[site], scores[site] = select(l, ask.counts[site])
         put_back(now, layer, keep[site], *refit(l, keep[site], o["rescale"], o.get("ridge", 0.)))
     watch(now, blocks, images, o["draws"], ask.seed, met)
     return Choice(keep, scores, weights=held(now))
