@@ -36,6 +36,7 @@ PINNED = {
     "resnet50-thinet-50": (12_385_704, 1_822_031_872, 3_674_383_592),
     "resnet50-thinet-70": (16_949_086, 2_601_392_356, 5_235_013_502),
     "resnet50-thinet-2x": (19_697_424, 2_730_129_076, 5_493_782_306),
+    "preresnet50-imagenet": (25_549_480, 4_089_184_256, 8_209_704_424), # torchvision's ResNet-50 less the batch norms and ReLUs that stand elsewhere; MACs are equal
 }
 
 
@@ -91,6 +92,17 @@ def test_rows_of_the_paper(target):
     assert (round(100*(1 - small.flops/base.flops), 2), round(100*(1 - small.params/base.params), 2)) == (flops, params)
     large = zoo.arch(target).input[1] == 224 # where the reference doubles the epochs at most
     assert scratch_b(recipe("imagenet" if large else "cifar"), base.flops/small.flops, *([2] if large else [])).epochs == epochs
+
+
+@pytest.mark.parametrize("depth, blocks, epochs", [(41, (0, 4, 6, 3), 117), (32, (1, 4, 4, 1), 145), (26, (0, 2, 5, 1), 179)])
+def test_networks_that_sss_found(depth, blocks, epochs):
+    "facts/architectures.json, SSS: blocks left a stage; Scratch-B epochs of the reference's README, from 100"
+    a, base = zoo.arch(f"preresnet50-imagenet-{depth}"), zoo.arch("preresnet50-imagenet")
+    left = [[int(s.block[-1]) for s in a.sites() if s.stage == stage and s.name.endswith("inner1") and s.width] for stage in range(1, 5)]
+    assert tuple(map(len, left)) == blocks and depth == 3*sum(blocks) + 2
+    assert [1 in l for l in left] == {41: [False, True, True, True], 32: [False, True, True, True], 26: [False, False, False, True]}[depth]
+    r = recipe("imagenet")
+    assert scratch_b(r.scaled(epochs=100), base.count().flops/a.count().flops, 2).epochs == epochs
 
 
 def test_channel_lists():

@@ -195,10 +195,13 @@ class AddingNet(nn.Module):
         "Images (N,C,H,W) to logits (N,classes)"
         return self.fc(self.pool(self.maps(x)).flatten(1))
 
-# %% ../../nbs/arch/parts.ipynb #cbda267f
+# %% ../../nbs/arch/parts.ipynb #4a5eada5
 class ReadingNet(nn.Module):
     "The common part of networks with batch norm first: a convolution, the modules named in `stages`, the classifier"
-    scattered = False # whether a module `scatter` stands behind the convolution
+
+    def stem(self, x:torch.Tensor) -> torch.Tensor:
+        "What the first convolution puts into the stream"
+        return self.conv(x)
 
     def add_head(self,
         channels:int, # of the last stream
@@ -214,8 +217,7 @@ class ReadingNet(nn.Module):
 
     def maps(self, x:torch.Tensor) -> torch.Tensor:
         "Images (N,C,H,W) of any size to the maps that the classifier takes means of"
-        x = self.conv(x)
-        if self.scattered: x = self.scatter(x)
+        x = self.stem(x)
         for name in self.stages: x = self.get_submodule(name)(x)
         return self.relu(self.read(x, self.bn))
 

@@ -22,7 +22,7 @@ from ..core.record import Record, check_types
 from ..core.registry import Registry
 from ..core.seed import seeded
 
-# %% ../../nbs/arch/spec.ipynb #48131c38
+# %% ../../nbs/arch/spec.ipynb #609dc79c
 class Switches(Record, frozen=True):
     "What differs between networks of one family; defaults are the plain, correct choice"
     head: str = "linear" # "linear", or "hidden": Linear(512)-BN-ReLU-Linear, the VGG of the reference's L1 study (reference_traps B12)
@@ -34,6 +34,8 @@ class Switches(Record, frozen=True):
     select_after_norm: bool = False # PreResNet, DenseNet: True normalises a whole stream and then selects, as the reference does; False selects first, the same function with less
     bottleneck: bool = False # DenseNet: a 1x1 convolution before each 3x3, DenseNet-BC's layer; ImageNet ResNet: blocks of 1x1, 3x3, 1x1
     shortcut_bias: bool = False # ImageNet ResNet: projections with bias, as in the reference's ThiNet and regression networks
+    large_stem: bool = False # PreResNet: begins as ImageNet's networks do, with a 7x7 convolution and a pool that each halve the map
+    normed_shortcut: bool = False # PreResNet: projections read the stream behind the block's first batch norm and ReLU, as in SSS's networks; False: the stream itself
 
 # %% ../../nbs/arch/spec.ipynb #ddd81ad9
 KINDS = ("inner", "growth", "stream", "in", "out", "route", "constant")

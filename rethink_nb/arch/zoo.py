@@ -80,7 +80,7 @@ for _name, _blocks, _deep in (("resnet18", (2, 2, 2, 2), False), ("resnet34", (3
     networks.register(_name, partial(imagenet_resnet, _blocks, _deep))
 networks.register("resnet50-thinet", partial(imagenet_resnet, (3, 4, 6, 3), True, shortcut_bias=True));
 
-# %% ../../nbs/arch/zoo.ipynb #b5c51a1f
+# %% ../../nbs/arch/zoo.ipynb #1dfbe483
 def preresnet(
     stages:tuple[int, ...], # blocks per stage
     widths:tuple[int, ...]=(16, 32, 64), # inner channels per stage; its stream has four times as many
@@ -88,13 +88,16 @@ def preresnet(
     classes:int=10, input:tuple[int, int, int]=(3, 32, 32),
     **switches, # see `Switches`
 ) -> Arch:
-    "A CIFAR PreResNet of bottlenecks behind a stem of as many channels as the first inner width"
+    "A PreResNet of bottlenecks behind a stem of as many channels as the first inner width"
     inner = [w for w, n in zip(widths, stages) for _ in range(2*n)]
     return Arch(family="preresnet", stages=stages, widths=scaled([widths[0], *(4*w for w in widths), *inner], width), classes=classes, input=tuple(input), switches=Switches(**switches))
 
 # %% ../../nbs/arch/zoo.ipynb #f902a501
 for _depth in (20, 56, 110): networks.register(f"preresnet{_depth}", partial(preresnet, ((_depth - 2)//9,)*3))
 networks.register("preresnet164", partial(preresnet, (18, 18, 18), bn_init=.5));
+
+# %% ../../nbs/arch/zoo.ipynb #d9491d51
+networks.register("preresnet50-imagenet", partial(preresnet, (3, 4, 6, 3), (64, 128, 256, 512), classes=1000, input=(3, 224, 224), large_stem=True, normed_shortcut=True, conv_init="fan_in"));
 
 # %% ../../nbs/arch/zoo.ipynb #f6568b34
 def densenet(
@@ -120,8 +123,9 @@ networks.register("densenet100-weight", partial(densenet, 32, compression=2));
 networks.register("vgg-digits", partial(vgg, (1, 1, 1), (16, 32, 32), input=(1, 8, 8)))
 networks.register("resnet8-digits", partial(resnet, (1, 1, 1), (8, 16, 32), input=(1, 8, 8)));
 
-# %% ../../nbs/arch/zoo.ipynb #80525c43
+# %% ../../nbs/arch/zoo.ipynb #76ad2b97
 def _runs(*runs:tuple[int, int]) -> tuple[int, ...]: return tuple(w for w, n in runs for _ in range(n))
+def _left(*stages) -> tuple[int, ...]: return tuple(w*(b in left) for w, n, left in zip((64, 128, 256, 512), (3, 4, 6, 3), stages) for b in range(1, n + 1) for _ in range(2)) # blocks that are left, by stage
 
 targets = {
     "vgg16-A": _runs((32, 1), (64, 1), (128, 2), (256, 9)),
@@ -129,6 +133,9 @@ targets = {
     "resnet34-B": _runs((64, 1), (32, 2), (128, 1), (51, 2), (128, 1), (256, 1), (153, 4), (256, 1), (512, 3)),
     **{f"resnet50-thinet-{kept}": _runs(*zip((64*kept//100, 128*kept//100, 256*kept//100, 512*kept//100), (6, 8, 12, 6))) for kept in (30, 50, 70)},
     "resnet50-thinet-2x": (64, 55, 51, 39, 50, 37, 128, 106, 105, 72, 105, 72, 128, 110, 256, 225, 209, 147, 204, 158, 212, 155, 211, 148, 256, 213, 512, 433, 512, 437, 512, 440),
+    "preresnet50-imagenet-41": _left((), (1, 2, 3, 4), (1, 2, 3, 4, 5, 6), (1, 2, 3)),
+    "preresnet50-imagenet-32": _left((2,), (1, 2, 3, 4), (1, 2, 3, 4), (1,)),
+    "preresnet50-imagenet-26": _left((), (2, 3), (2, 3, 4, 5, 6), (1,)),
     "resnet56-A": _runs((14, 7), (16, 1), (14, 1), (32, 1), (28, 8), (64, 1), (57, 7), (64, 1)),
     "resnet56-B": _runs((6, 7), (16, 2), (32, 1), (22, 6), (32, 1), (22, 1), (64, 1), (57, 7), (64, 1)),
     "resnet110-A": _runs((8, 17), (16, 1), (32, 18), (64, 18)),

@@ -78,7 +78,13 @@ class Seen:
     x: torch.Tensor # (rows, channels, places of a kernel), on the CPU
     beside: torch.Tensor | None = None # (rows, channels of the stream): what the block's output is added to
 
-# %% ../../nbs/surgery/capture.ipynb #ef18b99e
+# %% ../../nbs/surgery/capture.ipynb #adbd3c64
+def _beside(block:nn.Module, x:torch.Tensor) -> torch.Tensor:
+    "What a block adds to: it says so itself where that is not what its shortcut makes of its input"
+    if own := getattr(block, "beside", None): return own(x)
+    return block.shortcut(x) if block.shortcut else x
+
+# %% ../../nbs/surgery/capture.ipynb #a328434d
 class _Eye:
     "Looks at what a layer is given, and at the stream beside its block"
     def __init__(self, net:nn.Module, layer:str, draws:int, seed:int, block:str=""):
@@ -86,7 +92,7 @@ class _Eye:
         if not isinstance(self.m, (nn.Conv2d, nn.Linear)) or getattr(self.m, "groups", 1) != 1: raise UserError(f"{layer} is no plain convolution or linear layer, so nothing says what it makes of each channel")
         self.found, self.beside = [], []
 
-    def at_block(self, block:nn.Module, args): self.beside.append(block.shortcut(args[0]) if block.shortcut else args[0])
+    def at_block(self, block:nn.Module, args): self.beside.append(_beside(block, args[0]))
 
     def at_layer(self, m:nn.Module, args):
         (x, *_), (rows, cols) = args, _outputs(args[0], m)

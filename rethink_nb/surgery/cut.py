@@ -62,13 +62,14 @@ def cut(
     device = next(net.parameters()).device
     return small if device.type == "cpu" else small.to(device)
 
-# %% ../../nbs/surgery/cut.ipynb #95d1cab8
+# %% ../../nbs/surgery/cut.ipynb #22c5f88a
 def _with_constants(arch:Arch, state:dict[str, torch.Tensor], over:dict[str, str]) -> Arch:
     "The architecture with the constants that are not zero and whose place is still there"
     found = {k.removesuffix(".constant"): v for k, v in state.items() if k.endswith(".constant") and v.any()}
     dead = {s.block for s in arch.sites() if s.block and not s.width} | {s.name for s in arch.sites() if s.kind == "constant"}
     gone = {s.name for s in arch.sites() if s.kind in ("growth", "constant") and not s.width}
-    there = lambda at: (block := at.rpartition(".")[0]) not in gone and (at.endswith(".rest") if block in dead else True)
+    beside = {m for s in arch.sites() if s.kind == "stream" for m in s.outs} # a shortcut is no part of the branch
+    there = lambda at: (block := at.rpartition(".")[0]) not in gone and (at.endswith(".rest") or at in beside if block in dead else True)
     return arch.replace(constants=tuple(Constant(at=at, shape=tuple(v.shape), over=over[at]) for at, v in sorted(found.items()) if there(at)))
 
 # %% ../../nbs/surgery/cut.ipynb #57478bee

@@ -22,7 +22,7 @@ def _zero(m:nn.Module, gone:list[int], dim:int=0):
     for p in (m.weight,) if dim else (getattr(m, n, None) for n in ("weight", "bias", "constant")):
         if p is not None: p.index_fill_(dim, torch.tensor(gone, device=p.device), 0)
 
-# %% ../../nbs/surgery/mask.ipynb #0effa959
+# %% ../../nbs/surgery/mask.ipynb #69a33430
 def masked(
     net:nn.Module, # with its `.arch`; left as it is
     plan:Plan,
@@ -33,6 +33,9 @@ def masked(
     big = _rerouted(net, kept)
     with torch.no_grad():
         for name, mask in fitting(plan.masks, big).items(): big.get_parameter(name).mul_(mask)
+    for site in owned(arch).values() if not plan.constants else ():
+        if site.whole and any(n in kept for n in site.of): # over all of the streams, whose channels others may read behind it
+            for m in site.whole: _zero(big.get_submodule(m), (~alive(kept, [arch.site(n) for n in site.of])).nonzero()[0].tolist())
     for name, channels in kept.items():
         site, gone = owned(arch)[name], sorted(set(range(arch.site(name).width)) - set(channels))
         if plan.constants: # filters only: batch norms go on, and a block goes on reading what is left of them
