@@ -36,6 +36,7 @@ PINNED = {
     "resnet50-thinet-50": (12_385_704, 1_822_031_872, 3_674_383_592),
     "resnet50-thinet-70": (16_949_086, 2_601_392_356, 5_235_013_502),
     "resnet50-thinet-2x": (19_697_424, 2_730_129_076, 5_493_782_306),
+    "resnext50": (25_028_904, 4_230_479_872, 8_504_563_688), # torchvision's resnext50_32x4d, and the average pool
     "preresnet50-imagenet": (25_549_480, 4_089_184_256, 8_209_704_424), # torchvision's ResNet-50 less the batch norms and ReLUs that stand elsewhere; MACs are equal
 }
 
@@ -55,8 +56,8 @@ def test_every_network(name):
     with FlopCounterMode(display=False) as counter, torch.no_grad(): net(torch.zeros(1, *a.input, device="meta"))
     assert counter.get_total_flops() == 2*a.count().macs
     for s in owned(a).values(): # what a block reads by a list of its own belongs to that
-        assert all(net.get_submodule(m).weight.shape[0] == s.width for m in (*s.outs, *s.norms))
-        assert all(net.get_submodule(m).weight.shape[1] == s.width for m in s.ins)
+        assert all(net.get_submodule(m).weight.shape[0] == s.width*s.each for m in (*s.outs, *s.norms))
+        assert all(net.get_submodule(m).weight.shape[1] == s.width*s.each for m in s.ins)
 
 
 @pytest.mark.parametrize("name", ["vgg16", "resnet20"])
@@ -179,7 +180,7 @@ def test_records_of_older_versions_are_read(tmp_path):
 
 
 # facts/surgery_and_flops.md section 5: torchvision's own ResNets and VGG (no module for pooling, no bias in downsampling convolutions)
-@pytest.mark.parametrize("name,flops,macs", [("resnet34", 7_340_368_872, 3_663_761_408), ("resnet50", 8_212_012_520, 4_089_184_256),
+@pytest.mark.parametrize("name,flops,macs", [("resnet34", 7_340_368_872, 3_663_761_408), ("resnet50", 8_212_012_520, 4_089_184_256), ("resnext50_32x4d", 8_504_563_688 - 7*7*2048, 4_230_479_872),
                                              ("vgg16", 30_973_762_536, 15_470_264_320), ("mobilenet_v2", 614_905_768, 300_774_272)])
 def test_the_counter_on_other_peoples_networks(name, flops, macs):
     import torchvision

@@ -15,7 +15,8 @@ from rethink_nb.testing.toys import random_bn, toy_archs, toy_images
 
 ARCHS = sweep_archs()
 # methods that look at images take long in double precision: on larger networks they are asked once
-SWEEP = [(m, a, str(r)) for m in methods.names() for a in ARCHS for r in amounts_of(m) if r == {"ratio": .4} or "batches" not in methods.info(m).needs or a in toy_archs()]
+NOT_SERVED = [("slimming", "groups"), ("guided", "groups")] # scales of single channels say nothing of a group
+SWEEP = [(m, a, str(r)) for m in methods.names() for a in ARCHS if (m, a) not in NOT_SERVED for r in amounts_of(m) if r == {"ratio": .4} or "batches" not in methods.info(m).needs or a in toy_archs()]
 
 
 def steps(net, callbacks, n=2):
@@ -60,6 +61,11 @@ def test_every_method_on_every_family(method, arch, asked, tmp_path):
         moved = [not torch.equal(was[k], v) for k, v in n.named_parameters() if k.endswith("weight")]
         assert moved[-1] and sum(moved) > len(moved)/2 # a branch one channel wide may be silent for all eight images
         for k, m in (p.masks or {}).items(): assert not n.get_parameter(k)[~m].any()
+
+
+@pytest.mark.parametrize("method,arch", NOT_SERVED)
+def test_what_a_method_does_not_serve_is_refused(method, arch):
+    with pytest.raises(UserError, match=f"slimming cannot (prune|guide the pruning of) this {ARCHS[arch].family}: no batch norm scales channels that could go"): methods.prune(method, ARCHS[arch].build(), .4)
 
 
 @pytest.mark.parametrize("method", [m for m in methods.names() if methods.info(m).amounts])

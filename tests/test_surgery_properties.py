@@ -30,6 +30,7 @@ ARCHS = {
     "densenet-after": switched("densenet", select_after_norm=True),
     "imagenet-resnet": Arch(family="imagenet_resnet", stages=(1, 2), widths=(3, 5, 4, 6, 5), input=(2, 13, 9)),
     "imagenet-bottlenecks": Arch(family="imagenet_resnet", stages=(2, 1), widths=(3, 6, 5, 4, 3, 5, 4, 3, 6), input=(1, 16, 16), switches=Switches(bottleneck=True, shortcut_bias=True)),
+    "imagenet-groups": Arch(family="imagenet_resnet", stages=(2, 1), widths=(3, 6, 5, 3, 5, 4), input=(1, 16, 16), switches=Switches(bottleneck=True, group_width=2)),
     "imagenet-preresnet": switched("preresnet", large_stem=True, normed_shortcut=True).replace(input=(2, 13, 9)),
     "imagenet-preresnet-after": switched("preresnet", large_stem=True, normed_shortcut=True, select_after_norm=True).replace(input=(1, 16, 16)),
     "preresnet-shared": switched("preresnet", normed_shortcut=True),

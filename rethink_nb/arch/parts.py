@@ -93,16 +93,16 @@ def named(**layers:nn.Module) -> nn.Sequential:
     for name, layer in layers.items(): seq.add_module(name, layer)
     return seq
 
-# %% ../../nbs/arch/parts.ipynb #8c40c16e
+# %% ../../nbs/arch/parts.ipynb #7ac5f450
 CONV_INITS = ("fan_out", "fan_in")
 
 def conv_init_(
     conv:nn.Conv2d, # initialised in place
-    mode:str="fan_out", # "fan_out": k*k*out_channels; "fan_in": k*k*in_channels
+    mode:str="fan_out", # "fan_out": k*k*out_channels; "fan_in": k*k*in_channels, of a grouped convolution those that a filter reads
 ):
     "He's normal initialisation as the reference writes it"
     if mode not in CONV_INITS: raise UserError(f"conv_init {mode!r}: give 'fan_out' or 'fan_in'")
-    fan = conv.weight[0, 0].numel()*(conv.out_channels if mode == "fan_out" else conv.in_channels)
+    fan = conv.weight[0, 0].numel()*(conv.out_channels if mode == "fan_out" else conv.weight.shape[1])
     nn.init.normal_(conv.weight, 0, sqrt(2/fan))
     if conv.bias is not None: nn.init.zeros_(conv.bias)
 

@@ -61,23 +61,26 @@ for _depth in (20, 32, 44, 56, 110): networks.register(f"resnet{_depth}", partia
 # %% ../../nbs/arch/zoo.ipynb #02433d96
 networks.register("resnet50-lottery", partial(resnet, (8, 8, 8), shortcut="projection"));
 
-# %% ../../nbs/arch/zoo.ipynb #c4f1c574
+# %% ../../nbs/arch/zoo.ipynb #5c0a5ef2
 def imagenet_resnet(
     stages:tuple[int, ...], # blocks per stage
     bottleneck:bool=False, # blocks of 1x1, 3x3, 1x1, whose stream has four times as many channels
+    groups:int=0, # of bottlenecks: into so many the 3x3 convolutions are split; 0: not at all
     width:float=1., # multiplier of all widths
     classes:int=1000, input:tuple[int, int, int]=(3, 224, 224),
     **switches, # see `Switches`
 ) -> Arch:
-    "A ResNet for large images"
+    "A ResNet for large images; with groups of `group_width` channels, 4 in the first stage, a ResNeXt"
+    switches |= {"group_width": switches.get("group_width", 4)} if groups else {}
     first, widen, within = ((64,), 4, 2) if bottleneck else ((), 1, 1)
     per_stage = [64*2**s for s in range(len(stages))]
-    widths = [*first, *(widen*w for w in per_stage), *(w for w, n in zip(per_stage, stages) for _ in range(within*n))]
+    widths = [*first, *(widen*w for w in per_stage), *([groups]*sum(stages) if groups else [w for w, n in zip(per_stage, stages) for _ in range(within*n)])]
     return Arch(family="imagenet_resnet", stages=stages, widths=scaled(widths, width), classes=classes, input=tuple(input), switches=Switches(bottleneck=bottleneck, **switches))
 
-# %% ../../nbs/arch/zoo.ipynb #8bffed79
+# %% ../../nbs/arch/zoo.ipynb #b5263301
 for _name, _blocks, _deep in (("resnet18", (2, 2, 2, 2), False), ("resnet34", (3, 4, 6, 3), False), ("resnet50", (3, 4, 6, 3), True), ("resnet101", (3, 4, 23, 3), True)):
     networks.register(_name, partial(imagenet_resnet, _blocks, _deep))
+networks.register("resnext50", partial(imagenet_resnet, (3, 4, 6, 3), True, groups=32)) # 32x4d
 networks.register("resnet50-thinet", partial(imagenet_resnet, (3, 4, 6, 3), True, shortcut_bias=True));
 
 # %% ../../nbs/arch/zoo.ipynb #1dfbe483
@@ -172,10 +175,10 @@ def arch(
     a = networks.get(name)(width=width, **{k: v for k, v in given.items() if v is not None})
     return a.replace(switches=_switched(a, switches)).check() if switches else a
 
-# %% ../../nbs/arch/zoo.ipynb #c04df0a2
+# %% ../../nbs/arch/zoo.ipynb #ed1cdbe8
 def _switched(a:Arch, switches:dict) -> Switches:
     "Some switches set; one that the family does not look at is refused"
-    own = [n for n in a.module().switches if n != "bottleneck"] # with which it would have other widths too, and another name
+    own = [n for n in a.module().switches if n not in ("bottleneck", "group_width")] # with which it would have other widths too, and another name
     for name in switches:
         if name not in own: raise UserError(f"{a.family} has no switch {name!r}: there are {', '.join(own)}")
     return Switches.from_dict(a.switches.replace(**switches).to_dict())

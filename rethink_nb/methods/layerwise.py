@@ -68,7 +68,7 @@ def look(
     sees = partial(seen, layer=layer, images=images, draws=draws, seed=seed, block=_block_beside(arch, layer) if shortcut and original else "")
     return _layer_of(before, site, sees(now), _answered(before, layer, sees(before)) if original else None, seed)
 
-# %% ../../nbs/methods/layerwise.ipynb #38ddf698
+# %% ../../nbs/methods/layerwise.ipynb #efd48796
 def _answered(net:nn.Module, layer:str, s:Seen) -> tuple[torch.Tensor, torch.Tensor | None]: # (rows, outputs); the stream beside
     "What a layer answers to what it sees"
     return drawn_layer(s.x, net.get_submodule(layer).weight, generator(0)).answers, s.beside
@@ -78,7 +78,8 @@ def _layer_of(before:nn.Module, site:str, ours:Seen, theirs:tuple[torch.Tensor, 
     layer = readers(before.arch)[site]
     m, (wanted, beside) = before.get_submodule(layer), theirs or (None, None)
     if beside is not None: wanted = wanted + (beside - ours.beside).double()[:, selected(before.arch, _end(before.arch, layer))]*_unscaled(before, layer)
-    return drawn_layer(ours.x, m.weight, generator(seed, "filters", site), wanted=wanted, intercept=m.bias is not None or bool(_norm(before.arch, layer)), site=site)
+    x = ours.x.reshape(len(ours.x), before.arch.site(site).width, -1) # a group is a channel with more places
+    return drawn_layer(x, m.weight, generator(seed, "filters", site), wanted=wanted, intercept=m.bias is not None or bool(_norm(before.arch, layer)), site=site)
 
 # %% ../../nbs/methods/layerwise.ipynb #12a31287
 def _end(arch:Arch, layer:str) -> Site | None:
@@ -102,7 +103,7 @@ def _unscaled(net:nn.Module, layer:str) -> torch.Tensor | float: # (outputs,)
     gamma, std = bn.weight.detach().double().cpu(), (bn.running_var.double() + bn.eps).sqrt().cpu()
     return torch.where(gamma.abs() > 1e-6, std/gamma, 0.)
 
-# %% ../../nbs/methods/layerwise.ipynb #3a4c820a
+# %% ../../nbs/methods/layerwise.ipynb #b746c9bf
 @torch.no_grad()
 def put_back(
     net:nn.Module, # changed in place
@@ -113,7 +114,7 @@ def put_back(
 ):
     "Give a layer its new weights; the intercept goes into its bias, or into the running mean behind it"
     m = net.get_submodule(layer)
-    whole = torch.zeros(m.weight.shape[0], m.weight.shape[1], weight.shape[2], dtype=weight.dtype)
+    whole = torch.zeros(m.weight.shape[0], m.weight[0].numel()//weight.shape[2], weight.shape[2], dtype=weight.dtype)
     whole[:, list(kept)] = weight
     m.weight.copy_(whole.view(m.weight.shape))
     if not intercept.any(): return

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['cut_state', 'cut', 'fresh']
 
-# %% ../../nbs/surgery/cut.ipynb #d87d7c65
+# %% ../../nbs/surgery/cut.ipynb #d840aef8
 from math import sqrt
 
 import torch
@@ -18,9 +18,9 @@ from ..core.errors import UserError
 from ..core.seed import generator
 from .constants import leftovers
 from .mask import check_masks, fitting
-from .plan import Plan, WeightMask, alive, owned, silence, site_over
+from .plan import Plan, WeightMask, alive, owned, silence, site_over, spread
 
-# %% ../../nbs/surgery/cut.ipynb #2d6f92e7
+# %% ../../nbs/surgery/cut.ipynb #cc5fb3ec
 def cut_state(
     state:dict[str, torch.Tensor], # full-size parameters and buffers
     arch:Arch, # the architecture they belong to
@@ -30,17 +30,19 @@ def cut_state(
     "Take away the rows, entries and columns of pruned channels"
     state, tensors = dict(state), {}
     for key in state: tensors.setdefault(key.rpartition(".")[0], []).append(key)
-    def rows(modules, channels): # the counter of seen batches is a scalar and has no entries
+    def rows(modules, channels, width): # the counter of seen batches is a scalar and has no entries
         for m in modules:
             if m not in tensors: raise UserError(f"the coupling table names {m}, which has no weights in this {arch.family}")
-            state.update({k: state[k].index_select(0, channels) for k in tensors[m] if state[k].dim()})
+            state.update({k: state[k].index_select(0, spread(channels, width, len(state[k]))) for k in tensors[m] if state[k].dim()})
     for site in owned(arch).values():
-        if site.whole and any(n in kept for n in site.of): rows(site.whole, torch.from_numpy(alive(kept, [arch.site(n) for n in site.of]).nonzero()[0]))
+        if site.whole and any(n in kept for n in site.of):
+            stays = alive(kept, [arch.site(n) for n in site.of])
+            rows(site.whole, stays.nonzero()[0], len(stays))
         if site.name not in kept: continue
         channels = torch.tensor(kept[site.name], dtype=torch.long)
-        rows((*site.outs, *site.norms), channels)
+        rows((*site.outs, *site.norms), channels, site.width)
         state |= {f"{at}.constant": state[f"{at}.constant"].index_select(0, channels) for at, name in over.items() if name == site.name}
-        for m in site.ins: state[f"{m}.weight"] = state[f"{m}.weight"].index_select(1, channels)
+        for m in site.ins: state[f"{m}.weight"] = (w := state[f"{m}.weight"]).index_select(1, spread(channels, site.width, w.shape[1]))
     return state
 
 # %% ../../nbs/surgery/cut.ipynb #eca7d134

@@ -11,7 +11,7 @@ from ..arch.spec import Arch, Switches
 from ..methods.all import methods
 from .toys import toy_archs, toy_images
 
-# %% ../../nbs/testing/sweeps.ipynb #4d385a06
+# %% ../../nbs/testing/sweeps.ipynb #fbbf5bab
 def sweep_archs() -> dict[str, Arch]:
     "Small architectures of all families and switches"
     toys = toy_archs()
@@ -19,8 +19,9 @@ def sweep_archs() -> dict[str, Arch]:
     narrow = {n: zoo.arch(n, width=w) for n, w in (("vgg16", .125), ("vgg16-lottery", .125), ("vgg11", .125), ("preresnet20", .5), ("resnet50-lottery", .5))}
     large = Arch(family="imagenet_resnet", stages=(1, 1), widths=(4, 8, 24, 40), input=(1, 16, 16))
     deep = large.replace(stages=(1, 2), widths=(4, 8, 10, 16, 24, 12, 20, 16, 24), switches=Switches(bottleneck=True, shortcut_bias=True))
+    grouped = large.replace(stages=(1, 2), widths=(4, 8, 10, 6, 5, 4), switches=Switches(bottleneck=True, group_width=4))
     first = toys["preresnet"].replace(widths=(4, 10, 20, 12, 16, 24, 24, 20, 24), input=(1, 16, 16), switches=Switches(large_stem=True, normed_shortcut=True))
-    return {**toys, **late, **narrow, "imagenet-resnet": large, "bottlenecks": deep, "imagenet-preresnet": first, "densenet-bc": zoo.densenet(3, compression=2, bottleneck=True), "resnet20": zoo.arch("resnet20"), "resnet20-detached": zoo.arch("resnet20", detach_shortcut=True)}
+    return {**toys, **late, **narrow, "imagenet-resnet": large, "bottlenecks": deep, "groups": grouped, "imagenet-preresnet": first, "densenet-bc": zoo.densenet(3, compression=2, bottleneck=True), "resnet20": zoo.arch("resnet20"), "resnet20-detached": zoo.arch("resnet20", detach_shortcut=True)}
 
 # %% ../../nbs/testing/sweeps.ipynb #385ffed2
 def needs_of(
