@@ -11,6 +11,7 @@ from rethink_nb.arch.parts import Constant
 from rethink_nb.arch.spec import Selection
 from rethink_nb.core.errors import UserError
 from rethink_nb.surgery import Plan, cut, masked, verify
+from rethink_nb.surgery.plan import owned
 from rethink_nb.testing.families import random_plan
 from rethink_nb.testing.toys import random_bn, random_net, toy_archs
 from rethink_nb.training import recipe, scratch_b
@@ -43,6 +44,9 @@ PINNED = {
     "resnet50-thinet-30": (8_669_158,  1_166_283_835, 2_360_886_113),
     "resnet50-thinet-50": (12_385_704, 1_822_031_872, 3_674_383_592),
     "resnet50-thinet-70": (16_949_086, 2_601_392_356, 5_235_013_502),
+    "resnet50-thinet-2x": (19_697_424, 2_730_129_076, 5_493_782_306),
+    "resnext50": (25_028_904, 4_230_479_872, 8_504_563_688), # torchvision's resnext50_32x4d, and the average pool
+    "preresnet50-imagenet": (25_549_480, 4_089_184_256, 8_209_704_424), # torchvision's ResNet-50 less the batch norms and ReLUs that stand elsewhere; MACs are equal
 }
 
 
@@ -60,10 +64,10 @@ def test_every_network(name):
     net = a.blank().eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad(): net(torch.zeros(1, *a.input, device="meta"))
     assert counter.get_total_flops() == 2*a.count().macs
-    for s in a.sites():
-        assert all(net.get_submodule(m).weight.shape[0] == s.width for m in (*s.outs, *s.norms))
+    for s in owned(a).values(): # what a block reads by a list of its own belongs to that
+        assert all(net.get_submodule(m).weight.shape[0] == s.width*s.each for m in (*s.outs, *s.norms))
         for m in s.ins: # flattened maps of 7x7 have 49 numbers a channel
-            assert net.get_submodule(m).weight.shape[1] == s.width*(49 if (s.name, m) == ((f"conv{sum(a.stages[:-1])}", "head.fc1")) and a.switches.head.startswith("flat") else 1)
+            assert net.get_submodule(m).weight.shape[1] == s.width*s.each*(49 if (s.name, m) == ((f"conv{sum(a.stages[:-1])}", "head.fc1")) and a.switches.head.startswith("flat") else 1)
 
 
 @pytest.mark.parametrize("name", ["vgg16", "resnet20"])
@@ -88,6 +92,7 @@ ROWS = {
     "resnet34-A": (1.1816, 15.37, 7.55, 106), "resnet34-B": (1.3164, 24.03, 10.68, 118),
     "vgg16-imagenet-conv": (3.2266, 69.01, 4.99, 180), "vgg16-imagenet-gap": (3.3116, 69.8, 93.98, 180), "vgg16-imagenet-tiny": (15.3526, 93.49, 99.04, 180), "vgg16-imagenet-5x": (4.3975, 77.26, 5.41, 180),
     "resnet50-thinet-30": (3.479, 71.26, 66.08, 180), "resnet50-thinet-50": (2.2354, 55.26, 51.54, 180), "resnet50-thinet-70": (1.569, 36.26, 33.69, 141),
+    "resnet50-thinet-2x": (1.4951, 33.11, 22.94, 134),
 }
 
 
@@ -99,6 +104,17 @@ def test_rows_of_the_paper(target):
     assert (round(100*(1 - small.flops/base.flops), 2), round(100*(1 - small.params/base.params), 2)) == (flops, params)
     large = zoo.arch(target).input[1] == 224 # where the reference doubles the epochs at most
     assert scratch_b(recipe("imagenet" if large else "cifar"), base.flops/small.flops, *([2] if large else [])).epochs == epochs
+
+
+@pytest.mark.parametrize("depth, blocks, epochs", [(41, (0, 4, 6, 3), 117), (32, (1, 4, 4, 1), 145), (26, (0, 2, 5, 1), 179)])
+def test_networks_that_sss_found(depth, blocks, epochs):
+    "facts/architectures.json, SSS: blocks left a stage; Scratch-B epochs of the reference's README, from 100"
+    a, base = zoo.arch(f"preresnet50-imagenet-{depth}"), zoo.arch("preresnet50-imagenet")
+    left = [[int(s.block[-1]) for s in a.sites() if s.stage == stage and s.name.endswith("inner1") and s.width] for stage in range(1, 5)]
+    assert tuple(map(len, left)) == blocks and depth == 3*sum(blocks) + 2
+    assert [1 in l for l in left] == {41: [False, True, True, True], 32: [False, True, True, True], 26: [False, False, False, True]}[depth]
+    r = recipe("imagenet")
+    assert scratch_b(r.scaled(epochs=100), base.count().flops/a.count().flops, 2).epochs == epochs
 
 
 def test_channel_lists():
@@ -121,6 +137,11 @@ def test_channel_lists():
     assert free("densenet40") == [12]*36 and [s.width for s in zoo.arch("densenet40").sites() if s.kind == "stream"] == [24, 168, 312]
     assert len(free("densenet100-weight")) == 3*32 and len(free("densenet-bc-100")) == 2*3*16
     assert zoo.arch("resnet50-lottery").stages == (8, 8, 8)
+    # triples of a bottleneck: what it reads, and its two inner widths
+    a, at = zoo.arch("resnet50-thinet-2x"), [f"stage{s}.block{b}" for s, n in enumerate((3, 4, 6, 3), 1) for b in range(1, n + 1)]
+    assert [a.site(f"{block}.{k}").width for block in at for k in ("in", "inner1", "inner2")] == [
+        35, 64, 55, 101, 51, 39, 97, 50, 37, 144, 128, 106, 205, 105, 72, 198, 105, 72, 288, 128, 110, 278, 256, 225, 418, 209, 147, 407, 204, 158, 423, 212, 155, 412, 211, 148,
+        595, 256, 213, 606, 512, 433, 1222, 512, 437, 1147, 512, 440]
 
 
 def test_the_slimming_network_in_the_references_order():
@@ -198,7 +219,7 @@ def test_torchvisions_vggs(ours, theirs):
 
 
 # facts/surgery_and_flops.md section 5: torchvision's own ResNets and VGG (no module for pooling, no bias in downsampling convolutions)
-@pytest.mark.parametrize("name,flops,macs", [("resnet34", 7_340_368_872, 3_663_761_408), ("resnet50", 8_212_012_520, 4_089_184_256),
+@pytest.mark.parametrize("name,flops,macs", [("resnet34", 7_340_368_872, 3_663_761_408), ("resnet50", 8_212_012_520, 4_089_184_256), ("resnext50_32x4d", 8_504_563_688 - 7*7*2048, 4_230_479_872),
                                              ("vgg16", 30_973_762_536, 15_470_264_320), ("mobilenet_v2", 614_905_768, 300_774_272)])
 def test_the_counter_on_other_peoples_networks(name, flops, macs):
     import torchvision

@@ -13,7 +13,6 @@ from torchvision import models  # noqa: E402
 
 from conftest import child  # noqa: E402
 import rethink_nb.arch.count  # noqa: E402,F401 (gives Arch its count)
-from rethink_nb import methods  # noqa: E402
 from rethink_nb.arch import zoo  # noqa: E402
 from rethink_nb.arch.external import builders, register_builder, stays  # noqa: E402
 from rethink_nb.cli import main  # noqa: E402

@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from rethink_nb import methods
+from rethink_nb.arch import zoo
 from rethink_nb.arch.gates import GATES, add_gates, folded, gate_sites, gated, gates_of
 from rethink_nb.arch.spec import Arch
 from rethink_nb.core.errors import UserError
@@ -41,6 +42,19 @@ def test_a_gated_network_is_saved_and_loaded(name, tmp_path):
     again = load(save(tmp_path/"net", net))
     assert again.arch == net.arch == Arch.from_dict(net.arch.to_dict()) and all(torch.equal(v, again.state_dict()[k]) for k, v in net.state_dict().items())
     assert net.arch.id != toy_archs()[name].id and net.arch.scratch() == toy_archs()[name].scratch()
+
+
+def test_blocks_that_sss_removed_from_a_preresnet50():
+    "Factors at zero where ResNet-26 has lost its blocks, the first of three stages among them: what is cut is the target"
+    a, wanted = (zoo.arch(f"preresnet50-imagenet{which}", classes=10, input=(3, 32, 32)) for which in ("", "-26"))
+    net = random_bn(gated(a, "blocks").build(seed=1), seed=2).eval()
+    dead = {s.block for s in wanted.sites() if s.kind == "inner" and not s.width}
+    assert len(gates_of(net)) == 16 and len(dead) == 8
+    with torch.no_grad():
+        for at, v in gates_of(net).items(): v.fill_(0 if at.rpartition(".")[0] in dead else .8)
+    p, x = methods.prune("sss", net), torch.randn(2, 3, 32, 32)
+    assert p.arch == wanted and p.verify(x).ok
+    with torch.no_grad(): assert (p.net.eval()(x) - net(x)).abs().max() < 1e-4*net(x).abs().max()
 
 
 def test_other_methods_prune_the_folded_network():

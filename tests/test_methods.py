@@ -4,7 +4,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from rethink_nb import methods
-from rethink_nb.arch import Arch
+from rethink_nb.arch import Arch, zoo
 from rethink_nb.arch.count import count
 from rethink_nb.core.errors import UserError
 from rethink_nb.core.events import call_all
@@ -17,7 +17,8 @@ ARCHS = sweep_archs()
 # methods that look at images take long in double precision: on larger networks they are asked once
 ASKED = [(m, a, str(r)) for m in methods.names() for a in ARCHS for r in amounts_of(m) if r == {"ratio": .4} or "batches" not in methods.info(m).needs or a in toy_archs()]
 UNSCALED = [(m, a, r) for m, a, r in ASKED if m in ("slimming", "guided") and not ARCHS[a].switches.norm and ARCHS[a].switches.head != "flat-norm"] # without batch norm
-SWEEP = [case for case in ASKED if case not in UNSCALED]
+NOT_SERVED = [("slimming", "groups"), ("guided", "groups")] # scales of single channels say nothing of a group
+SWEEP = [case for case in ASKED if case not in UNSCALED and case[:2] not in NOT_SERVED]
 
 
 def steps(net, callbacks, n=2):
@@ -70,6 +71,11 @@ def test_methods_that_need_batch_norm_say_so(method, arch):
     with pytest.raises(UserError, match="^sss cannot prune this vgg: .* no batch norm"): methods.prune("sss", ARCHS[arch].build())
 
 
+@pytest.mark.parametrize("method,arch", NOT_SERVED)
+def test_what_a_method_does_not_serve_is_refused(method, arch):
+    with pytest.raises(UserError, match=f"slimming cannot (prune|guide the pruning of) this {ARCHS[arch].family}: no batch norm scales channels that could go"): methods.prune(method, ARCHS[arch].build(), .4)
+
+
 @pytest.mark.parametrize("method", [m for m in methods.names() if methods.info(m).amounts])
 def test_unknown_options_and_missing_needs_are_refused(method):
     net = toy_archs()["resnet"].build()
@@ -118,3 +124,26 @@ def test_sensitivity_of_every_structured_method(method, arch):
     assert found.groupby("site").value.is_monotonic_decreasing.all() and (found[found.kept < found.width].value < whole).all()
     streams = {s.name for s in a.sites() if s.kind == "stream"}
     assert (set(found.site) >= streams) == (method not in READING or not streams)
+
+
+@pytest.mark.parametrize("method, options", [("thinet", dict(rescale="none", images=8, draws=1)), ("layerwise", dict(select="l1", rescale="none", images=8)), ("random-channels", {})])
+def test_a_target_that_says_what_blocks_read(method, options):
+    "ResNet-2x: the network pruned is the target, channel lists included; a control draws others, as many"
+    a = zoo.arch("resnet50-thinet", classes=10, input=(3, 32, 32))
+    wanted = zoo.arch("resnet50-thinet-2x", classes=10, input=(3, 32, 32))
+    p = methods.prune(method, random_bn(a.build()), target="2x", **options, **({} if method == "random-channels" else {"batches": [toy_images(20, a)]}))
+    assert p.verify().ok and methods.pruned_arch(method, a, target="2x", **options) == wanted
+    assert p.arch == wanted if method != "random-channels" else sized(p.arch) == sized(wanted) and p.arch != wanted
+
+
+def test_a_target_that_says_what_blocks_read_is_refused_by_methods_that_choose_filters_alone():
+    net = zoo.arch("resnet50-thinet", classes=10, input=(3, 32, 32)).build()
+    for method in ("l1", "slimming", "uniform"):
+        with pytest.raises(UserError, match="which channels blocks read"): methods.prune(method, net, target="2x")
+
+
+@pytest.mark.slow
+def test_regression_goes_to_its_own_target():
+    a = zoo.arch("resnet50-thinet", classes=10, input=(3, 32, 32))
+    p = methods.prune("regression", random_bn(a.build()), target="2x", batches=[toy_images(20, a)], rescale="none", draws=2, rows=20)
+    assert p.verify().ok and p.arch == zoo.arch("resnet50-thinet-2x", classes=10, input=(3, 32, 32))

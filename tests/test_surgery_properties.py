@@ -34,6 +34,10 @@ ARCHS = {
     "vgg-flat-scaled": Arch(family="vgg", stages=(2, 1), widths=(3, 4, 6), input=(1, 9, 14), switches=Switches(head="flat-norm", bn_init=.5)),
     "vgg-flat-bn": Arch(family="vgg", stages=(1, 2, 1), widths=(4, 3, 5, 6), input=(1, 11, 8), switches=Switches(head="flat", conv_bias=True)),
     "vgg-plain": switched("vgg", norm=False),
+    "imagenet-groups": Arch(family="imagenet_resnet", stages=(2, 1), widths=(3, 6, 5, 3, 5, 4), input=(1, 16, 16), switches=Switches(bottleneck=True, group_width=2)),
+    "imagenet-preresnet": switched("preresnet", large_stem=True, normed_shortcut=True).replace(input=(2, 13, 9)),
+    "imagenet-preresnet-after": switched("preresnet", large_stem=True, normed_shortcut=True, select_after_norm=True).replace(input=(1, 16, 16)),
+    "preresnet-shared": switched("preresnet", normed_shortcut=True),
     "densenet-bottleneck": BOTTLENECK,
     "densenet-bottleneck-after": BOTTLENECK.replace(switches=BOTTLENECK.switches.replace(select_after_norm=True)),
 }

@@ -16,7 +16,7 @@ from .rebuild import arch_of, filled, held, keep_settings
 from .spec import Arch, Site
 from ..core.errors import UserError
 
-# %% ../../nbs/arch/gates.ipynb #dd8c46ef
+# %% ../../nbs/arch/gates.ipynb #6224b4f2
 GATES = ("blocks", "neurons", "groups")
 
 def gate_sites(
@@ -26,23 +26,23 @@ def gate_sites(
     "Where gates of a kind can be"
     if on not in GATES: raise UserError(f"gates on {on!r}: give {', '.join(map(repr, GATES))}")
     if on == "blocks": return [s for s in arch.sites() if s.kind == "out" and s.block and s.outs]
-    return [s for s in arch.sites() if s.kind == "inner" and s.width and s.norms]
+    return [s for s in arch.sites() if s.kind == "inner" and s.width and s.norms and (on == "groups" or s.each == 1)]
 
 def gate_place(s:Site) -> str:
     "The module whose output carries a site's gate: the batch norm behind it, or the layer where none follows"
     return (s.norms or s.outs)[-1]
 
-# %% ../../nbs/arch/gates.ipynb #0e484d0a
+# %% ../../nbs/arch/gates.ipynb #71ee1bab
 def gated(
     arch:Arch,
     on:str | Iterable[str]=(), # one of `GATES`, or several; neurons and groups exclude each other; none: blocks, or neurons where there are no blocks
-    group:int=8, # channels of a group; a width that is no multiple of it has one gate
+    group:int=8, # channels of a group, where the network has none of its own; a width that is no multiple of it has one gate
 ) -> Arch: # with gates
     "The same architecture with factors on its structures"
     on = (on,) if isinstance(on, str) else tuple(on) or (("blocks",) if gate_sites(arch, "blocks") else ("neurons",))
     if {"neurons", "groups"} <= set(on): raise UserError("gates on neurons and on groups of the same: give one of the two")
     if not isinstance(group, int) or group < 1: raise UserError(f"group {group}: give channels of a group, at least 1")
-    factors = lambda kind, s: 1 if kind == "blocks" else s.width if kind == "neurons" else s.width//group if s.width % group == 0 else 1
+    factors = lambda kind, s: 1 if kind == "blocks" else s.width if kind == "neurons" or s.each > 1 else s.width//group if s.width % group == 0 else 1
     gates = {gate_place(s): Gate(at=gate_place(s), factors=factors(kind, s)) for kind in on for s in gate_sites(arch, kind)}
     if not gates: raise UserError(f"this {arch.family} has no {' or '.join(on)} to put gates on")
     return arch.replace(gates=tuple(gates[k] for k in sorted(gates))).check()

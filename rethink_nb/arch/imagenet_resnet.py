@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['switches', 'n_sites', 'least_side', 'sites', 'Block', 'Net', 'torchvision_names']
 
-# %% ../../nbs/arch/imagenet_resnet.ipynb #7d6407e7
+# %% ../../nbs/arch/imagenet_resnet.ipynb #73cf9148
 import torch
 from torch import nn
 
 from .parts import CONV_INITS, AddingBlock, AddingNet, BatchNorm2d, Conv2d, Linear, Pick, Rest, blocks, named, scatter
 from .spec import Arch, Site
+from ..core.errors import UserError
 
 # %% ../../nbs/arch/imagenet_resnet.ipynb #3e627a00
 def _streams(arch:Arch) -> dict[str, int]: # width by name
@@ -21,30 +22,38 @@ def _streams(arch:Arch) -> dict[str, int]: # width by name
 # %% ../../nbs/arch/imagenet_resnet.ipynb #ccdc2104
 def _depth(arch:Arch) -> int: return 3 if arch.switches.bottleneck else 2 # convolutions of a block
 
-# %% ../../nbs/arch/imagenet_resnet.ipynb #b923cf58
+# %% ../../nbs/arch/imagenet_resnet.ipynb #33f49925
+def _within(arch:Arch) -> int:
+    "Widths within a block"
+    if not 0 <= arch.switches.group_width <= 2**12 or arch.switches.group_width and not arch.switches.bottleneck: raise UserError(f"group_width {arch.switches.group_width}: give channels of a group, in a network of bottlenecks; 0 for none")
+    return 1 if arch.switches.group_width else _depth(arch) - 1
+
+def _each(arch:Arch, stage:int) -> int: return arch.switches.group_width*2**(stage - 1) # channels of a group; 0: no groups
+
+# %% ../../nbs/arch/imagenet_resnet.ipynb #17831fb6
 def n_sites(arch:Arch) -> int:
-    "How many widths: one a stream, and one between every two convolutions of a block"
-    return bool(arch.switches.bottleneck) + len(arch.stages) + (_depth(arch) - 1)*sum(arch.stages)
+    "How many widths: one a stream, and one between every two convolutions of a block, or for its groups"
+    return bool(arch.switches.bottleneck) + len(arch.stages) + _within(arch)*sum(arch.stages)
 
 # %% ../../nbs/arch/imagenet_resnet.ipynb #e69ff311
 def least_side(arch:Arch) -> int:
     "The smallest image: strides round up, so one pixel will do"
     return 1
 
-# %% ../../nbs/arch/imagenet_resnet.ipynb #edc494a0
-switches = {"bottleneck": (), "shortcut_bias": (), "bn_init": (), "conv_init": CONV_INITS}
+# %% ../../nbs/arch/imagenet_resnet.ipynb #a769297d
+switches = {"bottleneck": (), "group_width": (), "shortcut_bias": (), "bn_init": (), "conv_init": CONV_INITS}
 
-# %% ../../nbs/arch/imagenet_resnet.ipynb #ce9c9ac9
+# %% ../../nbs/arch/imagenet_resnet.ipynb #2b584908
 def sites(arch:Arch) -> tuple[Site, ...]:
     "Streams (stage1, ...), the widths within each block (stage1.block1, in a bottleneck stage1.block1.inner1 and inner2), then selections (stem.out, stage1.block1.in, ...)"
     inner = _inner_widths(arch)
     live = [at for at, ws in inner.items() if all(ws)]
-    return (*(_stream(arch, name, live) for name in _streams(arch)), *(x for at, ws in inner.items() for x in _inner(*at, ws)), _stem(arch), *(x for at in live for x in _selections(arch, *at)))
+    return (*(_stream(arch, name, live) for name in _streams(arch)), *(x for at, ws in inner.items() for x in _inner(arch, *at, ws)), _stem(arch), *(x for at in live for x in _selections(arch, *at)))
 
-# %% ../../nbs/arch/imagenet_resnet.ipynb #895aafa2
+# %% ../../nbs/arch/imagenet_resnet.ipynb #f09082c5
 def _inner_widths(arch:Arch) -> dict[tuple[int, int], tuple[int, ...]]:
     "The widths within each block"
-    n, ws = _depth(arch) - 1, arch.widths[len(_streams(arch)):]
+    n, ws = _within(arch), arch.widths[len(_streams(arch)):]
     return {at: ws[n*i:n*i + n] for i, at in enumerate(blocks(arch.stages))}
 
 # %% ../../nbs/arch/imagenet_resnet.ipynb #2b414272
@@ -57,10 +66,13 @@ def _projects(arch:Arch, stage:int, block:int) -> bool:
     "Whether a block's shortcut is a convolution"
     return _source(arch, stage, block) != f"stage{stage}"
 
-# %% ../../nbs/arch/imagenet_resnet.ipynb #bdefda58
-def _inner(stage:int, block:int, widths:tuple[int, ...]) -> tuple[Site, ...]:
-    "The channels between a block's convolutions"
+# %% ../../nbs/arch/imagenet_resnet.ipynb #b887f7c8
+def _inner(arch:Arch, stage:int, block:int, widths:tuple[int, ...]) -> tuple[Site, ...]:
+    "The channels between a block's convolutions, or its groups"
     at = f"stage{stage}.block{block}"
+    if each := _each(arch, stage):
+        names = lambda kind, *ks: tuple(f"{at}.{kind}{k}" for k in ks if all(widths))
+        return (Site(name=at, width=widths[0], stage=stage, block=at, outs=names("conv", 1, 2), norms=names("bn", 1, 2), ins=names("conv", 3), each=each),)
     modules = lambda k: dict(outs=(f"{at}.conv{k}",), norms=(f"{at}.bn{k}",), ins=(f"{at}.conv{k + 1}",)) if all(widths) else {}
     return tuple(Site(name=at if len(widths) == 1 else f"{at}.inner{k}", width=w, stage=stage, block=at, **modules(k)) for k, w in enumerate(widths, 1))
 
@@ -90,14 +102,14 @@ def _stem(arch:Arch) -> Site:
     first, width = next(iter(_streams(arch).items()))
     return Site(name="stem.out", width=arch.selects("stem.out", width), stage=1, kind="out", of=(first,), outs=("conv",), norms=("bn",))
 
-# %% ../../nbs/arch/imagenet_resnet.ipynb #9c8ba988
+# %% ../../nbs/arch/imagenet_resnet.ipynb #3c4c7908
 class Block(AddingBlock):
     "Two 3x3 convolutions, or 1x1, 3x3, 1x1, each with batch norm; the shortcut is added before the last ReLU"
     def __init__(self, arch:Arch, stage:int, block:int, inner:tuple[int, ...]):
         super().__init__()
         at, streams, stride = f"stage{stage}.block{block}", _streams(arch), 2 if stage > 1 and block == 1 else 1
-        channels, width, self.n = streams[_source(arch, stage, block)], streams[f"stage{stage}"], len(inner) + 1
-        self.dead = not all(inner)
+        channels, width, self.n, each = streams[_source(arch, stage, block)], streams[f"stage{stage}"], _depth(arch), _each(arch, stage)
+        self.dead, self.groups, inner = not all(inner), inner[0] if each else 1, (inner[0]*each,)*2 if each else inner
         self.rest = Rest(width) if self.dead and arch.constant(f"{at}.rest") else None
         if not self.dead: self._branch(arch.selection(f"{at}.in"), arch.selection(f"{at}.out"), channels, inner, width, stride)
         self.shortcut = named(conv=Conv2d(channels, width, 1, stride, bias=arch.switches.shortcut_bias), bn=BatchNorm2d(width)) if _projects(arch, stage, block) else None
@@ -110,7 +122,7 @@ class Block(AddingBlock):
         self.pick, self.scatter = None if reads is None else Pick(reads, channels), None if writes is None else scatter(writes, width)
         for k, (n, m) in enumerate(zip(sizes, sizes[1:]), 1):
             wide, strides = (3, k == 1) if self.n == 2 else (3 if k == 2 else 1, k == 2)
-            self.add_module(f"conv{k}", Conv2d(n, m, wide, stride if strides else 1, wide//2, bias=False))
+            self.add_module(f"conv{k}", Conv2d(n, m, wide, stride if strides else 1, wide//2, bias=False, **({"groups": self.groups} if wide == 3 and self.groups > 1 else {})))
             self.add_module(f"bn{k}", BatchNorm2d(m))
 
 # %% ../../nbs/arch/imagenet_resnet.ipynb #994c01ae

@@ -93,16 +93,16 @@ def named(**layers:nn.Module) -> nn.Sequential:
     for name, layer in layers.items(): seq.add_module(name, layer)
     return seq
 
-# %% ../../nbs/arch/parts.ipynb #8c40c16e
+# %% ../../nbs/arch/parts.ipynb #7ac5f450
 CONV_INITS = ("fan_out", "fan_in")
 
 def conv_init_(
     conv:nn.Conv2d, # initialised in place
-    mode:str="fan_out", # "fan_out": k*k*out_channels; "fan_in": k*k*in_channels
+    mode:str="fan_out", # "fan_out": k*k*out_channels; "fan_in": k*k*in_channels, of a grouped convolution those that a filter reads
 ):
     "He's normal initialisation as the reference writes it"
     if mode not in CONV_INITS: raise UserError(f"conv_init {mode!r}: give 'fan_out' or 'fan_in'")
-    fan = conv.weight[0, 0].numel()*(conv.out_channels if mode == "fan_out" else conv.in_channels)
+    fan = conv.weight[0, 0].numel()*(conv.out_channels if mode == "fan_out" else conv.weight.shape[1])
     nn.init.normal_(conv.weight, 0, sqrt(2/fan))
     if conv.bias is not None: nn.init.zeros_(conv.bias)
 
@@ -195,10 +195,13 @@ class AddingNet(nn.Module):
         "Images (N,C,H,W) to logits (N,classes)"
         return self.fc(self.pool(self.maps(x)).flatten(1))
 
-# %% ../../nbs/arch/parts.ipynb #cbda267f
+# %% ../../nbs/arch/parts.ipynb #4a5eada5
 class ReadingNet(nn.Module):
     "The common part of networks with batch norm first: a convolution, the modules named in `stages`, the classifier"
-    scattered = False # whether a module `scatter` stands behind the convolution
+
+    def stem(self, x:torch.Tensor) -> torch.Tensor:
+        "What the first convolution puts into the stream"
+        return self.conv(x)
 
     def add_head(self,
         channels:int, # of the last stream
@@ -214,8 +217,7 @@ class ReadingNet(nn.Module):
 
     def maps(self, x:torch.Tensor) -> torch.Tensor:
         "Images (N,C,H,W) of any size to the maps that the classifier takes means of"
-        x = self.conv(x)
-        if self.scattered: x = self.scatter(x)
+        x = self.stem(x)
         for name in self.stages: x = self.get_submodule(name)(x)
         return self.relu(self.read(x, self.bn))
 

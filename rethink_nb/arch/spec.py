@@ -23,7 +23,7 @@ from ..core.record import Record, check_types
 from ..core.registry import Registry
 from ..core.seed import seeded
 
-# %% ../../nbs/arch/spec.ipynb #b41daa51
+# %% ../../nbs/arch/spec.ipynb #10820d3d
 class Switches(Record, frozen=True):
     "What differs between networks of one family; defaults are the plain, correct choice"
     head: str = "linear" # VGG: "linear"; "hidden": Linear(512)-BN-ReLU-Linear, the reference's L1 study (reference_traps B12); "flat": hidden layers on flattened 7x7 maps, with dropout, as torchvision's; "flat-norm": those with batch norm instead, the reference's ImageNet slimming
@@ -36,11 +36,14 @@ class Switches(Record, frozen=True):
     select_after_norm: bool = False # PreResNet, DenseNet: True normalises a whole stream and then selects, as the reference does; False selects first, the same function with less
     bottleneck: bool = False # DenseNet: a 1x1 convolution before each 3x3, DenseNet-BC's layer; ImageNet ResNet: blocks of 1x1, 3x3, 1x1
     shortcut_bias: bool = False # ImageNet ResNet: projections with bias, as in the reference's ThiNet and regression networks
+    group_width: int = 0 # ImageNet ResNet of bottlenecks: channels of a group of the 3x3 convolutions in the first stage, twice as many in each further one (ResNeXt); widths within a block count groups. 0: no groups
+    large_stem: bool = False # PreResNet: begins as ImageNet's networks do, with a 7x7 convolution and a pool that each halve the map
+    normed_shortcut: bool = False # PreResNet: projections read the stream behind the block's first batch norm and ReLU, as in SSS's networks; False: the stream itself
 
 # %% ../../nbs/arch/spec.ipynb #ddd81ad9
 KINDS = ("inner", "growth", "stream", "in", "out", "route", "constant")
 
-# %% ../../nbs/arch/spec.ipynb #048d69fe
+# %% ../../nbs/arch/spec.ipynb #ce15239a
 class Site(Record, frozen=True):
     "A place whose channels can go, and what is coupled to it (names of modules)"
     name: str # "conv3" in a VGG, "stage1.block2" in a ResNet
@@ -53,6 +56,7 @@ class Site(Record, frozen=True):
     block: str = "" # the branch that is gone when no channel is left; empty where the network cannot do without
     whole: tuple[str, ...] = () # in: batch norms over all that is selected from, where selecting comes after them
     of: tuple[str, ...] = () # in, out: the streams selected from, one behind the other; route: source and target
+    each: int = 1 # more than 1: not single channels can go but groups of so many neighbours, and the width counts these
 
     def __post_init__(self):
         if self.kind not in KINDS: raise UserError(f"{self.name}: unknown kind {self.kind!r} of a site: there are {', '.join(KINDS)}")

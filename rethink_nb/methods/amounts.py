@@ -6,13 +6,13 @@
 __all__ = ['COSTS', 'AMOUNTS', 'check_ratio', 'check_mode', 'kept_of', 'round_up', 'counts_by_ratio', 'inner_sites', 'none_empty',
            'shrunk', 'cost_of', 'check_fraction', 'uniform_counts', 'counts_by_cost', 'kept_counts', 'one_amount']
 
-# %% ../../nbs/methods/amounts.ipynb #1e52c9d0
+# %% ../../nbs/methods/amounts.ipynb #5b5dc9b9
 from collections.abc import Callable, Iterable
 from math import ceil, floor
 from numbers import Integral
 
 from ..arch.spec import Arch, Site
-from ..arch.zoo import target_widths
+from ..arch.zoo import target_selections, target_widths
 from ..core.errors import UserError
 from ..surgery.plan import Plan
 
@@ -81,13 +81,14 @@ def none_empty(
             raise UserError(f"{why} leaves {s.name} ({s.width} channels) empty, and it cannot go: remove at most {1 - 1/s.width:.4g} of it, or skip it")
     return counts
 
-# %% ../../nbs/methods/amounts.ipynb #7b46d4be
+# %% ../../nbs/methods/amounts.ipynb #2b66dc68
 def shrunk(
     arch:Arch,
     counts:dict[str, int], # channels kept by site
+    chosen:dict[str, tuple[int, ...]]={}, # which ones, where that is known
 ) -> Arch:
     "The architecture with so many channels at some sites"
-    return Plan(parent=arch.id, keep={name: tuple(range(n)) for name, n in counts.items()}).arch(arch)
+    return Plan(parent=arch.id, keep={name: tuple(range(n)) for name, n in counts.items()} | chosen).arch(arch)
 
 # %% ../../nbs/methods/amounts.ipynb #daceb3ff
 COSTS = ("macs", "params")
@@ -143,7 +144,7 @@ def counts_by_cost(
         counts = more
     return counts
 
-# %% ../../nbs/methods/amounts.ipynb #90765572
+# %% ../../nbs/methods/amounts.ipynb #38e36f89
 def kept_counts(
     arch:Arch,
     ratio=None, # fraction removed, or one a stage
@@ -156,7 +157,7 @@ def kept_counts(
     multiple:int=1, # not with `target` or `widths`: round what is kept up to a multiple of this, which runs faster (`arch.measure` shows it)
     sites:Callable[[Arch], list[Site]] | None=None, # with `ratio` or a cost: which sites give; None: inner ones
     min_keep:int=0, # with `ratio` or a cost: channels that stay at every site in any case
-    inputs:bool=False, # with `widths`: they may name what blocks read from streams, or write to them
+    inputs:bool=False, # with `widths` or `target`: they may name what blocks read from streams, or write to them
 ) -> dict[str, int]:
     "Channels kept by site, from exactly one amount"
     amount = one_amount(ratio=ratio, target=target, widths=widths, macs=macs, params=params)
@@ -164,7 +165,7 @@ def kept_counts(
     if min_keep and amount in ("target", "widths"): raise UserError(f"min_keep goes with a ratio or a cost, not with {amount}")
     if min_keep < 0: raise UserError(f"min_keep {min_keep}: give channels that stay in every site, 0 or more")
     if multiple != 1 and amount in ("target", "widths"): raise UserError(f"multiple goes with a ratio or a cost: {amount} says its numbers itself")
-    if target is not None: return target_widths(arch, target)
+    if target is not None: return _target_counts(arch, target, inputs)
     if widths is not None: return _kept_widths(arch, widths, inputs)
     counts = counts_by_ratio(arch, ratio, skip, mode, sites, min_keep) if ratio is not None else counts_by_cost(arch, macs if params is None else params, amount, sites or inner_sites)
     return {name: round_up(min(max(n, min_keep), arch.site(name).width), multiple, arch.site(name).width) for name, n in counts.items()}
@@ -188,3 +189,10 @@ def _kept_widths(arch:Arch, widths:dict[str, int], inputs:bool) -> dict[str, int
         if isinstance(n, bool) or not isinstance(n, Integral): raise UserError(f"{name}: {n!r} channels cannot stay; give a whole number")
         if not (1 if site.of else 0) <= n <= site.width: raise UserError(f"{name} has {site.width} channels: {n} cannot stay")
     return {s.name: s.width for s in inner_sites(arch)} | widths
+
+# %% ../../nbs/methods/amounts.ipynb #1bc89f9c
+def _target_counts(arch:Arch, target:str, inputs:bool) -> dict[str, int]:
+    "Widths of a target, and how many channels its blocks read where it says so"
+    chosen = target_selections(arch, target)
+    if chosen and not inputs: raise UserError(f"target {target} also says which channels blocks read, and this method chooses none of those: prune by regression or thinet, or train it from scratch (zoo.arch has it by its full name)")
+    return target_widths(arch, target) | {name: len(channels) for name, channels in chosen.items()}

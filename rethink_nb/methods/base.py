@@ -7,7 +7,7 @@ __all__ = ['CHANNEL_OPTIONS', 'methods', 'Ask', 'Choice', 'Method', 'channels_as
            'served', 'prune', 'plan_of', 'pruned_arch', 'names', 'images_wanted', 'info', 'training_options',
            'callbacks']
 
-# %% ../../nbs/methods/base.ipynb #f2b1b90d
+# %% ../../nbs/methods/base.ipynb #68359fb6
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -21,6 +21,7 @@ from torch import nn
 from ..arch.gates import folded, gates_of
 from ..arch.rebuild import arch_of, held
 from ..arch.spec import Arch
+from ..arch.zoo import target_selections
 from ..core.errors import UserError
 from ..core.events import Callback
 from ..core.registry import Registry
@@ -206,7 +207,7 @@ def _in_rounds(m:Method, net:nn.Module, ratio, rounds:int, retrain, given:dict) 
         start = {k: v.clone() for k, v in held(p.net).items()} if "init" in m.needs else None
         net, given = retrain(p), {**given, "masks": p.masks, "init": start}
 
-# %% ../../nbs/methods/base.ipynb #99781f67
+# %% ../../nbs/methods/base.ipynb #d95873c0
 def pruned_arch(
     method:str, # name of a method
     arch:Arch, # before pruning
@@ -214,9 +215,10 @@ def pruned_arch(
 ) -> Arch:
     "The architecture that `prune` will give, less the constants of branches that are gone; of a network that selects from streams, one of that size"
     m = methods.get(method)
-    counts = m.counts(arch, *read_request(m, dict(ratio=ratio, **request)))
+    amount, options = read_request(m, dict(ratio=ratio, **request))
+    counts = m.counts(arch, amount, options)
     if counts is None: raise UserError(f"{method} finds its widths in trained weights: prune a trained network")
-    return shrunk(arch, counts)
+    return shrunk(arch, counts, target_selections(arch, amount["target"]) if "target" in amount else {})
 
 # %% ../../nbs/methods/base.ipynb #e2630d43
 def names() -> list[str]:

@@ -80,7 +80,7 @@ def _reversed(options:dict) -> tuple[Method, dict]:
     m = methods.get(options["criterion"])
     return m, {**m.options, **{k: v for k, v in options.items() if k in m.options}}
 
-# %% ../../nbs/methods/controls.ipynb #123c63b7
+# %% ../../nbs/methods/controls.ipynb #4f868d02
 def choose_reverse(net:nn.Module, ask:Ask) -> Choice:
     "As many channels, or weights of a layer, as the criterion keeps: the smallest"
     m, options = _reversed(ask.options)
@@ -88,7 +88,7 @@ def choose_reverse(net:nn.Module, ask:Ask) -> Choice:
     if not best.masks and not best.scores: raise UserError(f"reverse needs a method with scores: {m.name} has none")
     weights = prunable_weights(net, linear=True)
     worst = lambda n, mask: torch.zeros(mask.numel(), dtype=torch.bool).index_fill_(0, weights[n].abs().flatten().cpu().sort(stable=True).indices[:int(mask.sum())], True).view(mask.shape)
-    return Choice({name: largest(-torch.as_tensor(best.scores[name]), len(kept)) for name, kept in best.keep.items()}, best.scores, {n: worst(n, mask) for n, mask in best.masks.items()})
+    return Choice({name: largest(-torch.as_tensor(best.scores[name]), len(kept)) if name in best.scores else kept for name, kept in best.keep.items()}, best.scores, {n: worst(n, mask) for n, mask in best.masks.items()})
 
 # %% ../../nbs/methods/controls.ipynb #b5ca56c5
 def _reverse_counts(arch:Arch, amount:dict, options:dict) -> dict[str, int] | None:

@@ -16,7 +16,7 @@ from .base import Ask, Choice, Method, register
 from .ranking import SCORE_OPTIONS, by_score, channel_rounds, counts_by_scope
 from ..surgery.plan import owned, selected
 
-# %% ../../nbs/methods/l1.ipynb #fea1cba7
+# %% ../../nbs/methods/l1.ipynb #ff14c4a2
 @torch.no_grad()
 def filter_scores(
     net:nn.Module, # with its `.arch`
@@ -29,7 +29,8 @@ def filter_scores(
     own, writers = owned(net.arch)[site], [s for s in net.arch.sites() if s.kind == "out" and site in s.of] if net.arch.site(site).kind == "stream" else []
     if bn and not (own.kind == "inner" and len(own.outs) == len(own.norms) == 1): raise UserError(f"bn=True: the channels of {site} are not scaled by one batch norm of their own")
     sums = lambda m: _sums(net.get_submodule(m), norm, net.get_submodule(own.norms[0]) if bn else None)
-    total = reduce(torch.add, map(sums, own.outs), torch.zeros(own.width, dtype=torch.float64)) if len(own.outs) != 1 else sums(own.outs[0])
+    ours = lambda m: sums(m).view(own.width, -1).sum(1) # of a group, over all its filters
+    total = reduce(torch.add, map(ours, own.outs), torch.zeros(own.width, dtype=torch.float64)) if len(own.outs) != 1 else ours(own.outs[0])
     for s in writers: total[selected(net.arch, s)] += reduce(torch.add, map(sums, s.outs)) # a block may write to some channels only
     return total.sqrt() if norm == "l2" else total
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from ..arch.rebuild import held
 from ..arch.spec import Arch, Site
+from ..arch.zoo import target_selections
 from ..core.errors import UserError
 from ..core.seed import generator
 from .base import CHANNEL_OPTIONS, Ask, Choice, channels_asked
@@ -68,7 +69,7 @@ def look(
     sees = partial(seen, layer=layer, images=images, draws=draws, seed=seed, block=_block_beside(arch, layer) if shortcut and original else "")
     return _layer_of(before, site, sees(now), _answered(before, layer, sees(before)) if original else None, seed)
 
-# %% ../../nbs/methods/layerwise.ipynb #38ddf698
+# %% ../../nbs/methods/layerwise.ipynb #efd48796
 def _answered(net:nn.Module, layer:str, s:Seen) -> tuple[torch.Tensor, torch.Tensor | None]: # (rows, outputs); the stream beside
     "What a layer answers to what it sees"
     return drawn_layer(s.x, net.get_submodule(layer).weight, generator(0)).answers, s.beside
@@ -78,7 +79,8 @@ def _layer_of(before:nn.Module, site:str, ours:Seen, theirs:tuple[torch.Tensor, 
     layer = readers(before.arch)[site]
     m, (wanted, beside) = before.get_submodule(layer), theirs or (None, None)
     if beside is not None: wanted = wanted + (beside - ours.beside).double()[:, selected(before.arch, _end(before.arch, layer))]*_unscaled(before, layer)
-    return drawn_layer(ours.x, m.weight, generator(seed, "filters", site), wanted=wanted, intercept=m.bias is not None or bool(_norm(before.arch, layer)), site=site)
+    x = ours.x.reshape(len(ours.x), before.arch.site(site).width, -1) # a group is a channel with more places
+    return drawn_layer(x, m.weight, generator(seed, "filters", site), wanted=wanted, intercept=m.bias is not None or bool(_norm(before.arch, layer)), site=site)
 
 # %% ../../nbs/methods/layerwise.ipynb #12a31287
 def _end(arch:Arch, layer:str) -> Site | None:
@@ -120,7 +122,7 @@ def put_back(
     if m.bias is not None: m.bias += intercept.to(m.bias)
     else: (mean := net.get_submodule(_norm(net.arch, layer)).running_mean).sub_(intercept.to(mean))
 
-# %% ../../nbs/methods/layerwise.ipynb #3eb3bb40
+# %% ../../nbs/methods/layerwise.ipynb #d906de79
 def choose_by_layer(
     net:nn.Module,
     ask:Ask, # its options are those of `LAYER_OPTIONS`, and more
@@ -131,12 +133,14 @@ def choose_by_layer(
     images, original = gather_images(ask.batches, net.arch, o["images"]), o["targets"] == "original"
     sites = {layer: site for site, layer in readers(net.arch).items() if ask.counts.get(site, net.arch.site(site).width) < net.arch.site(site).width}
     blocks = {layer: _block_beside(net.arch, layer) if original and o.get("shortcut") else "" for layer in sites}
+    given = target_selections(net.arch, ask.amount["target"]) if "target" in ask.amount else {}
     theirs = _originals(net, blocks, images, o["draws"], ask.seed) if original else lambda layer: None
     def met(layer, ours):
         site = sites[layer]
         l = _layer_of(net, site, ours, theirs(layer), ask.seed)
         if not (l.x.isfinite().all() and l.weight.isfinite().all() and (l.wanted is None or l.wanted.isfinite().all())): raise UserError(f"the weights of {layer}, or what it reads, are not finite; are all weights, and the images?")
-        keep[site], scores[site] = select(l, ask.counts[site])
+        if site in given: keep[site] = given[site]
+        else: keep[site], scores[site] = select(l, ask.counts[site])
         put_back(now, layer, keep[site], *refit(l, keep[site], o["rescale"], o.get("ridge", 0.)))
     watch(now, blocks, images, o["draws"], ask.seed, met)
     return Choice(keep, scores, weights=held(now))

@@ -49,19 +49,19 @@ def scale_frame(cb:SparseScales): # DataFrame: epoch, scale
     from pandas import DataFrame, concat
     return concat([DataFrame(dict(epoch=e, scale=s.abs().tolist())) for e, s in enumerate(cb.history, 1)], ignore_index=True)
 
-# %% ../../nbs/methods/slimming.ipynb #db3ec2ef
+# %% ../../nbs/methods/slimming.ipynb #ae1cd762
 def scaled_sites(arch:Arch) -> list[Site]:
-    "Sites whose channels one batch norm scales"
-    return [s for s in arch.sites() if s.width and s.kind in ("inner", "in") and (s.norms or s.whole)]
+    "Sites whose single channels one batch norm scales"
+    return [s for s in arch.sites() if s.width and s.each == 1 and s.kind in ("inner", "in") and (s.norms or s.whole)]
 
-# %% ../../nbs/methods/slimming.ipynb #731b61a1
+# %% ../../nbs/methods/slimming.ipynb #89f8af6a
 def scale_scores(
     net:nn.Module, # with its `.arch`
     site:str, # of `scaled_sites`
 ) -> torch.Tensor: # (channels,)
     "|gamma| of each channel of a site"
     s = net.arch.site(site)
-    if s.kind == "stream" or not (s.norms or s.whole): raise UserError(f"slimming has no scores for {site}: no batch norm scales its channels alone")
+    if s.kind == "stream" or s.each > 1 or not (s.norms or s.whole): raise UserError(f"slimming has no scores for {site}: no batch norm scales its channels alone")
     scales = net.get_submodule((s.norms or s.whole)[0]).weight.detach().abs()
     return scales[selected(net.arch, s)] if s.whole else scales
 

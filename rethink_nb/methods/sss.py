@@ -77,13 +77,13 @@ def sss_training(
     "What Sparse Structure Selection adds to a training"
     return (SparseFactors(strength, gates, group),)
 
-# %% ../../nbs/methods/sss.ipynb #7d030837
+# %% ../../nbs/methods/sss.ipynb #bb77afc6
 def choose_sss(net:nn.Module, ask:Ask) -> Choice:
     "What has a factor that is not zero"
     if not ask.gates: raise UserError("sss prunes a network that was trained with gates: train it with methods.callbacks('sss', strength=0.01, gates='blocks'); which kinds there are says arch.gates")
     arch = net.arch
     dead = {s.block for s in gate_sites(arch, "blocks") if gate_place(s) in ask.gates and not ask.gates[gate_place(s)].any()}
-    factors = {s.name: _each(ask.gates[gate_place(s)], s.width) for s in gate_sites(arch, "neurons") if gate_place(s) in ask.gates}
+    factors = {s.name: _each(ask.gates[gate_place(s)], s.width) for s in gate_sites(arch, "groups") if gate_place(s) in ask.gates}
     keep = {n: tuple(f.nonzero().flatten().tolist()) for n, f in factors.items()} | {s.name: () for s in arch.sites() if s.kind == "inner" and s.block in dead}
     if lost := [n for n, k in keep.items() if not k and not arch.site(n).block]: raise UserError(f"the price has taken every factor of {lost[0]} ({arch.site(lost[0]).width} channels), and the network cannot do without: train with a lower strength")
     return Choice(keep, factors)

@@ -86,7 +86,13 @@ class Seen:
     x: torch.Tensor # (rows, channels, places of a kernel), on the CPU
     beside: torch.Tensor | None = None # (rows, channels of the stream): what the block's output is added to
 
-# %% ../../nbs/surgery/capture.ipynb #112b9fdd
+# %% ../../nbs/surgery/capture.ipynb #adbd3c64
+def _beside(block:nn.Module, x:torch.Tensor) -> torch.Tensor:
+    "What a block adds to: it says so itself where that is not what its shortcut makes of its input"
+    if own := getattr(block, "beside", None): return own(x)
+    return block.shortcut(x) if block.shortcut else x
+
+# %% ../../nbs/surgery/capture.ipynb #a328434d
 class _Eye:
     "Looks at what a layer is given, and at the stream beside its block"
     def __init__(self, net:nn.Module, layer:str, draws:int, seed:int, block:str=""):
@@ -95,7 +101,7 @@ class _Eye:
         self.channels = next((s.width for s in owned(net.arch).values() if layer in s.ins), None)
         self.found, self.beside = [], []
 
-    def at_block(self, block:nn.Module, args): self.beside.append(block.shortcut(args[0]) if block.shortcut else args[0])
+    def at_block(self, block:nn.Module, args): self.beside.append(_beside(block, args[0]))
 
     def at_layer(self, m:nn.Module, args):
         (x, *_), (rows, cols) = args, _outputs(args[0], m)

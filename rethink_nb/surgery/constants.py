@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['leftovers', 'buried']
 
-# %% ../../nbs/surgery/constants.ipynb #9660bf70
+# %% ../../nbs/surgery/constants.ipynb #c0219d85
 import torch
 from torch import nn
 
 from ..arch.spec import Arch, Site
 from .mask import masked
-from .plan import Plan, inputs_of, owned, selected
+from .plan import Plan, owned, selected, spread
 
-# %% ../../nbs/surgery/constants.ipynb #943c56ea
+# %% ../../nbs/surgery/constants.ipynb #2f5d72bc
 def leftovers(
     net:nn.Module, # with its `.arch`; left as it is
     plan:Plan,
@@ -29,7 +29,7 @@ def leftovers(
     found = {f"{block}.rest": big.get_submodule(block).branch(seen[block][0])[0] for block in dead}
     for s in filters:
         if s.kind == "out": found[_place(s)] = _emitted(big, s, kept, seen[_end(s)[0]][1])
-        else: found |= {m: _read(big.get_submodule(m), seen[m][0], s, kept[s.name]) for m in s.ins}
+        else: found |= {m: _read(big.get_submodule(m), x, spread(kept[s.name], s.width, x.shape[1])) for m in s.ins for x in seen[m][:1]}
     return {at: small for at, value in found.items() if (small := _smallest(value.detach())) is not None}
 
 # %% ../../nbs/surgery/constants.ipynb #9303d923
@@ -76,12 +76,12 @@ def _constant(net:nn.Module, at:str) -> torch.Tensor | float:
     "The constant that is there already"
     return net.get_submodule(at).constant if net.arch.constant(at) else 0.
 
-# %% ../../nbs/surgery/constants.ipynb #91f19b8f
+# %% ../../nbs/surgery/constants.ipynb #ec8b4481
 @torch.no_grad()
-def _read(m:nn.Module, x:torch.Tensor, site:Site, kept:tuple[int, ...]) -> torch.Tensor:
-    "What a module makes of the channels of a site that are constant"
+def _read(m:nn.Module, x:torch.Tensor, kept:torch.Tensor) -> torch.Tensor:
+    "What a module makes of the channels that are constant"
     x = x.clone()
-    x[:, inputs_of(x, site, kept)] = 0
+    x[:, kept] = 0
     return (m(x) - m(torch.zeros_like(x)) + getattr(m, "constant", 0.))[0]
 
 # %% ../../nbs/surgery/constants.ipynb #6afc0c57

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['cut_state', 'cut', 'fresh']
 
-# %% ../../nbs/surgery/cut.ipynb #dd86e354
+# %% ../../nbs/surgery/cut.ipynb #d840aef8
 from math import sqrt
 
 import torch
@@ -18,9 +18,9 @@ from ..core.errors import UserError
 from ..core.seed import generator
 from .constants import leftovers
 from .mask import check_masks, fitting
-from .plan import Plan, WeightMask, alive, inputs_of, owned, silence, site_over
+from .plan import Plan, WeightMask, alive, owned, silence, site_over, spread
 
-# %% ../../nbs/surgery/cut.ipynb #a3dc37f2
+# %% ../../nbs/surgery/cut.ipynb #cc5fb3ec
 def cut_state(
     state:dict[str, torch.Tensor], # full-size parameters and buffers
     arch:Arch, # the architecture they belong to
@@ -30,17 +30,19 @@ def cut_state(
     "Take away the rows, entries and columns of pruned channels"
     state, tensors = dict(state), {}
     for key in state: tensors.setdefault(key.rpartition(".")[0], []).append(key)
-    def rows(modules, channels): # the counter of seen batches is a scalar and has no entries
+    def rows(modules, channels, width): # the counter of seen batches is a scalar and has no entries
         for m in modules:
             if m not in tensors: raise UserError(f"the coupling table names {m}, which has no weights in this {arch.family}")
-            state.update({k: state[k].index_select(0, channels) for k in tensors[m] if state[k].dim()})
+            state.update({k: state[k].index_select(0, spread(channels, width, len(state[k]))) for k in tensors[m] if state[k].dim()})
     for site in owned(arch).values():
-        if site.whole and any(n in kept for n in site.of): rows(site.whole, torch.from_numpy(alive(kept, [arch.site(n) for n in site.of]).nonzero()[0]))
+        if site.whole and any(n in kept for n in site.of):
+            stays = alive(kept, [arch.site(n) for n in site.of])
+            rows(site.whole, stays.nonzero()[0], len(stays))
         if site.name not in kept: continue
         channels = torch.tensor(kept[site.name], dtype=torch.long)
-        rows((*site.outs, *site.norms), channels)
+        rows((*site.outs, *site.norms), channels, site.width)
         state |= {f"{at}.constant": state[f"{at}.constant"].index_select(0, channels) for at, name in over.items() if name == site.name}
-        for m in site.ins: state[f"{m}.weight"] = (w := state[f"{m}.weight"]).index_select(1, inputs_of(w, site, channels))
+        for m in site.ins: state[f"{m}.weight"] = (w := state[f"{m}.weight"]).index_select(1, spread(channels, site.width, w.shape[1]))
     return state
 
 # %% ../../nbs/surgery/cut.ipynb #eca7d134
@@ -62,13 +64,14 @@ def cut(
     device = next(net.parameters()).device
     return small if device.type == "cpu" else small.to(device)
 
-# %% ../../nbs/surgery/cut.ipynb #95d1cab8
+# %% ../../nbs/surgery/cut.ipynb #22c5f88a
 def _with_constants(arch:Arch, state:dict[str, torch.Tensor], over:dict[str, str]) -> Arch:
     "The architecture with the constants that are not zero and whose place is still there"
     found = {k.removesuffix(".constant"): v for k, v in state.items() if k.endswith(".constant") and v.any()}
     dead = {s.block for s in arch.sites() if s.block and not s.width} | {s.name for s in arch.sites() if s.kind == "constant"}
     gone = {s.name for s in arch.sites() if s.kind in ("growth", "constant") and not s.width}
-    there = lambda at: (block := at.rpartition(".")[0]) not in gone and (at.endswith(".rest") if block in dead else True)
+    beside = {m for s in arch.sites() if s.kind == "stream" for m in s.outs} # a shortcut is no part of the branch
+    there = lambda at: (block := at.rpartition(".")[0]) not in gone and (at.endswith(".rest") or at in beside if block in dead else True)
     return arch.replace(constants=tuple(Constant(at=at, shape=tuple(v.shape), over=over[at]) for at, v in sorted(found.items()) if there(at)))
 
 # %% ../../nbs/surgery/cut.ipynb #57478bee

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['masked', 'check_masks', 'check_bools', 'fitting']
 
-# %% ../../nbs/surgery/mask.ipynb #c8b2c949
+# %% ../../nbs/surgery/mask.ipynb #1f987315
 from copy import deepcopy
 
 import torch
@@ -13,16 +13,16 @@ from torch import nn
 
 from ..arch.rebuild import arch_of, filled, held, keep_settings
 from ..core.errors import UserError
-from .plan import Plan, WeightMask, alive, inputs_of, owned, routed, site_over
+from .plan import Plan, WeightMask, alive, owned, routed, site_over, spread
 
-# %% ../../nbs/surgery/mask.ipynb #fc2033f6
+# %% ../../nbs/surgery/mask.ipynb #b97ee9d4
 @torch.no_grad()
-def _zero(m:nn.Module, gone:list[int], dim:int=0):
+def _zero(m:nn.Module, gone:list[int], width:int, dim:int=0):
     "Zero what a module has for some output channels (dim 0: weights, biases, constants) or inputs (dim 1: weights)"
     for p in (m.weight,) if dim else (getattr(m, n, None) for n in ("weight", "bias", "constant")):
-        if p is not None: p.index_fill_(dim, torch.tensor(gone, device=p.device), 0)
+        if p is not None: p.index_fill_(dim, spread(gone, width, p.shape[dim]).to(p.device), 0)
 
-# %% ../../nbs/surgery/mask.ipynb #0fed24a6
+# %% ../../nbs/surgery/mask.ipynb #9c22ba53
 def masked(
     net:nn.Module, # with its `.arch`; left as it is
     plan:Plan,
@@ -33,17 +33,21 @@ def masked(
     big = _rerouted(net, kept)
     with torch.no_grad():
         for name, mask in fitting(plan.masks, big).items(): big.get_parameter(name).mul_(mask)
+    for site in owned(arch).values() if not plan.constants else ():
+        if site.whole and any(n in kept for n in site.of): # over all of the streams, whose channels others may read behind it
+            stays = alive(kept, [arch.site(n) for n in site.of])
+            for m in site.whole: _zero(big.get_submodule(m), (~stays).nonzero()[0].tolist(), len(stays))
     for name, channels in kept.items():
         site, gone = owned(arch)[name], sorted(set(range(arch.site(name).width)) - set(channels))
         if plan.constants: # filters only: batch norms go on, and a block goes on reading what is left of them
-            for m in site.outs: _zero(big.get_submodule(m), gone)
+            for m in site.outs: _zero(big.get_submodule(m), gone, site.width)
         else:
-            for m in (*site.outs, *site.norms): _zero(big.get_submodule(m), gone)
+            for m in (*site.outs, *site.norms): _zero(big.get_submodule(m), gone, site.width)
         for c in arch.constants:
-            if site_over(arch, c.at) == name: _zero(big.get_submodule(c.at), gone)
+            if site_over(arch, c.at) == name: _zero(big.get_submodule(c.at), gone, site.width)
         if plan.constants: continue
         if site.kind == "in" and not site.norms:
-            for m in site.ins: _zero(layer := big.get_submodule(m), inputs_of(layer.weight, site, gone).tolist(), dim=1)
+            for m in site.ins: _zero(big.get_submodule(m), gone, site.width, dim=1)
     return big
 
 # %% ../../nbs/surgery/mask.ipynb #bde13111

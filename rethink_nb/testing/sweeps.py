@@ -22,7 +22,9 @@ def sweep_archs() -> dict[str, Arch]:
     flat = Arch(family="vgg", stages=(2, 1, 2), widths=(4, 6, 5, 12, 10), input=(2, 28, 28), switches=Switches(head="flat", norm=False, conv_bias=True)) # maps of 7x7
     scaled = flat.replace(stages=(1, 1, 2), widths=(4, 8, 12, 8), input=(2, 32, 32), switches=Switches(head="flat-norm", conv_bias=True, bn_init=.5)) # 8x8 pooled to 7x7
     deep = large.replace(stages=(1, 2), widths=(4, 8, 10, 16, 24, 12, 20, 16, 24), switches=Switches(bottleneck=True, shortcut_bias=True))
-    return {**toys, **late, **narrow, "imagenet-vgg": flat, "imagenet-vgg-scaled": scaled, "imagenet-vgg-bn": scaled.replace(switches=Switches(head="flat", conv_bias=True)), "imagenet-resnet": large, "bottlenecks": deep, "densenet-bc": zoo.densenet(3, compression=2, bottleneck=True), "resnet20": zoo.arch("resnet20"), "resnet20-detached": zoo.arch("resnet20", detach_shortcut=True),
+    grouped = large.replace(stages=(1, 2), widths=(4, 8, 10, 6, 5, 4), switches=Switches(bottleneck=True, group_width=4))
+    first = toys["preresnet"].replace(widths=(4, 10, 20, 12, 16, 24, 24, 20, 24), input=(1, 16, 16), switches=Switches(large_stem=True, normed_shortcut=True))
+    return {**toys, **late, **narrow, "imagenet-vgg": flat, "imagenet-vgg-scaled": scaled, "imagenet-vgg-bn": scaled.replace(switches=Switches(head="flat", conv_bias=True)), "imagenet-resnet": large, "bottlenecks": deep, "groups": grouped, "imagenet-preresnet": first, "densenet-bc": zoo.densenet(3, compression=2, bottleneck=True), "resnet20": zoo.arch("resnet20"), "resnet20-detached": zoo.arch("resnet20", detach_shortcut=True),
             "external": zoo.arch("toy:gated", classes=10, input=(1, 8, 8))}
 
 # %% ../../nbs/testing/sweeps.ipynb #385ffed2
