@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['builders', 'switches', 'register_builder', 'least_side', 'n_sites', 'sites', 'stays', 'Net', 'told', 'external']
 
-# %% ../../nbs/arch/external.ipynb #f353ff4a
+# %% ../../nbs/arch/external.ipynb #4317b58e
 from collections import Counter
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -20,7 +20,7 @@ from torch import nn
 
 from .parts import hollow
 from .spec import Arch, Builder, Site, forget, per_arch
-from .tracing import depthwise, first_line, trace
+from .tracing import depthwise, first_line, split, trace
 from ..core.errors import UserError
 from ..core.registry import Registry
 from ..core.seed import seeded
@@ -103,22 +103,25 @@ def _made_with(sizes:dict[int, dict[str, int]]): # yields the list of layers mad
             _order.reset(token)
             for c, init in kept.items(): c.__init__ = init
 
-# %% ../../nbs/arch/external.ipynb #6a875667
+# %% ../../nbs/arch/external.ipynb #0244e0f9
 @dataclass(frozen=True)
 class _Layer:
     "How a layer is made"
     turn: int # when
     makes: tuple[str, ...] # arguments that say how many channels it puts out
+    outputs: int # what they say in the whole network
     reads: str = "" # the argument that says how many channels, or columns, it reads
-    inputs: int = 0 # and what it says in the whole network
+    inputs: int = 0 # what it says
+    split: bool = False # whether it works in groups of channels, whose number is an argument, too
 
-# %% ../../nbs/arch/external.ipynb #be0c219f
+# %% ../../nbs/arch/external.ipynb #d010e4bc
 def _layer(turn:int, m:nn.Module) -> _Layer:
     "How it was made, seen from what it is"
-    if depthwise(m): return _Layer(turn, ("in_channels", "out_channels", "groups"))
-    if isinstance(m, nn.Conv2d): return _Layer(turn, ("out_channels",), "in_channels", m.in_channels)
-    if isinstance(m, nn.Linear): return _Layer(turn, ("out_features",), "in_features", m.in_features)
-    return _Layer(turn, ("num_features",))
+    if depthwise(m): return _Layer(turn, ("in_channels", "out_channels", "groups"), m.out_channels)
+    if split(m): return _Layer(turn, ("in_channels", "out_channels"), m.out_channels, split=True)
+    if isinstance(m, nn.Conv2d): return _Layer(turn, ("out_channels",), m.out_channels, "in_channels", m.in_channels)
+    if isinstance(m, nn.Linear): return _Layer(turn, ("out_features",), m.out_features, "in_features", m.in_features)
+    return _Layer(turn, ("num_features",), m.num_features)
 
 # %% ../../nbs/arch/external.ipynb #bdd3cdb2
 @dataclass(frozen=True)
@@ -189,15 +192,15 @@ def stays(arch:Arch) -> dict[str, str]:
     "Layers whose channels stay, and why"
     return dict(_of(arch).stays)
 
-# %% ../../nbs/arch/external.ipynb #cb7307a8
+# %% ../../nbs/arch/external.ipynb #3474a085
 def _sizes(arch:Arch) -> dict[int, dict[str, int]]: # by turn
     "What layers are made with, where that is not what the builder asks for"
     base, sizes = _of(arch), {}
-    def give(m, **size): sizes.setdefault(base.layers[m].turn, {}).update(size)
+    def give(layer, **size): sizes.setdefault(layer.turn, {}).update(size)
     for s, w in zip(base.sites, arch.widths):
         if w == s.width: continue
-        for m in (*s.outs, *s.norms): give(m, **dict.fromkeys(base.layers[m].makes, w))
-        for m in s.ins: give(m, **{(layer := base.layers[m]).reads: layer.inputs//s.width*w})
+        for layer in (base.layers[m] for m in (*s.outs, *s.norms)): give(layer, **dict.fromkeys(layer.makes, layer.outputs//s.width*w), **({"groups": w} if layer.split else {}))
+        for layer in (base.layers[m] for m in s.ins): give(layer, **{layer.reads: layer.inputs//s.width*w})
     return sizes
 
 # %% ../../nbs/arch/external.ipynb #19eb2799
