@@ -39,7 +39,7 @@ class Switches(Record, frozen=True):
 # %% ../../nbs/arch/spec.ipynb #ddd81ad9
 KINDS = ("inner", "growth", "stream", "in", "out", "route", "constant")
 
-# %% ../../nbs/arch/spec.ipynb #048d69fe
+# %% ../../nbs/arch/spec.ipynb #dd82643b
 class Site(Record, frozen=True):
     "A place whose channels can go, and what is coupled to it (names of modules)"
     name: str # "conv3" in a VGG, "stage1.block2" in a ResNet
@@ -47,7 +47,7 @@ class Site(Record, frozen=True):
     stage: int # 1-based group of equal feature-map size
     outs: tuple[str, ...] = () # modules whose output channels are these
     norms: tuple[str, ...] = () # batch norms over these channels
-    ins: tuple[str, ...] = () # modules that read these channels
+    ins: tuple[str, ...] = () # modules that read these channels; a linear one that reads flattened maps has as many inputs for each as the map has places
     kind: str = "inner" # inner, growth, stream, in, out, route or constant: see the table
     block: str = "" # the branch that is gone when no channel is left; empty where the network cannot do without
     whole: tuple[str, ...] = () # in: batch norms over all that is selected from, where selecting comes after them
