@@ -51,7 +51,7 @@ class Site(Record, frozen=True):
     stage: int # 1-based group of equal feature-map size
     outs: tuple[str, ...] = () # modules whose output channels are these
     norms: tuple[str, ...] = () # batch norms over these channels
-    ins: tuple[str, ...] = () # modules that read these channels
+    ins: tuple[str, ...] = () # modules that read these channels; a linear one that reads flattened maps has as many inputs for each as the map has places
     kind: str = "inner" # inner, growth, stream, in, out, route or constant: see the table
     block: str = "" # the branch that is gone when no channel is left; empty where the network cannot do without
     whole: tuple[str, ...] = () # in: batch norms over all that is selected from, where selecting comes after them
