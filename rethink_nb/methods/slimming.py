@@ -54,7 +54,7 @@ def scaled_sites(arch:Arch) -> list[Site]:
     "Sites whose single channels one batch norm scales"
     return [s for s in arch.sites() if s.width and s.each == 1 and s.kind in ("inner", "in") and (s.norms or s.whole)]
 
-# %% ../../nbs/methods/slimming.ipynb #89f8af6a
+# %% ../../nbs/methods/slimming.ipynb #4971aa1b
 def scale_scores(
     net:nn.Module, # with its `.arch`
     site:str, # of `scaled_sites`
@@ -62,7 +62,7 @@ def scale_scores(
     "|gamma| of each channel of a site"
     s = net.arch.site(site)
     if s.kind == "stream" or s.each > 1 or not (s.norms or s.whole): raise UserError(f"slimming has no scores for {site}: no batch norm scales its channels alone")
-    scales = net.get_submodule((s.norms or s.whole)[0]).weight.detach().abs()
+    scales = net.get_submodule((s.norms or s.whole)[-1]).weight.detach().abs()
     return scales[selected(net.arch, s)] if s.whole else scales
 
 # %% ../../nbs/methods/slimming.ipynb #d6cd2950

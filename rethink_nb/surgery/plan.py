@@ -53,13 +53,15 @@ class Plan(Record, frozen=True):
 
     def __post_init__(self): check_types(self)
 
-# %% ../../nbs/surgery/plan.ipynb #a2d9945e
+# %% ../../nbs/surgery/plan.ipynb #cb2259fb
 @patch
 def check(self:Plan, arch:Arch) -> "Plan":
     "The same plan, or a refusal that names what does not fit this architecture"
     if arch.gates: raise UserError("this network has gates: fold them into its weights first (arch.gates.folded)")
     if self.parent != arch.id: raise UserError(f"this plan was made for the architecture {self.parent}, not for {arch.id}")
     for name, kept in self.keep.items(): _check_site(arch.site(name), kept, self.constants)
+    if self.constants and arch.builder and (odd := [n for n in self.keep if len(arch.site(n).outs) > 1]):
+        raise UserError(f"{odd[0]}: several layers make its channels, and what their filters leave behind may depend on the image: a plan of filters (constants=True) has no say there")
     for name, scores in self.scores.items():
         if not isfinite(sum(scores)): raise UserError(f"{name} has scores that are not finite; are the weights?")
     return self

@@ -19,7 +19,7 @@ from ..surgery.plan import Plan, pack
 from ..surgery.verify import verify
 from .toys import random_net
 
-# %% ../../nbs/testing/families.ipynb #52407451
+# %% ../../nbs/testing/families.ipynb #ce37b4fe
 def random_plan(
     net:nn.Module, # with its `.arch`
     seed:int,
@@ -31,7 +31,7 @@ def random_plan(
     "A plan drawn at random"
     arch, random, keep = net.arch, Random(seed), {}
     for s in arch.sites():
-        if s.kind == "route" or not s.width or constants and s.kind == "in" or random.random() > touched: continue
+        if s.kind == "route" or not s.width or constants and (s.kind == "in" or arch.builder and len(s.outs) > 1) or random.random() > touched: continue
         n = 0 if s.block and random.random() < zeros else max(1, int(s.width*(1 - random.uniform(0, .95))))
         keep[s.name] = tuple(sorted(random.sample(range(s.width), n)))
     large = [(k, p.shape) for k, p in net.named_parameters() if p.dim() > 1]
