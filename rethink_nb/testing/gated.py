@@ -20,14 +20,14 @@ class Gate(nn.Module):
 
     def forward(self, x:torch.Tensor) -> torch.Tensor: return x*self.up(self.down(x.mean((2, 3), keepdim=True)).relu()).sigmoid()
 
-# %% ../../nbs/testing/gated.ipynb #80d9c3ce
+# %% ../../nbs/testing/gated.ipynb #a8186cdd
 class Block(nn.Module):
     "A block as in MobileNetV3: expand, depthwise, gate, project, and add"
     def __init__(self, channels:int, wide:int):
         super().__init__()
         self.expand, self.bn1 = nn.Conv2d(channels, wide, 1, bias=False), nn.BatchNorm2d(wide)
         self.depth, self.bn2 = nn.Conv2d(wide, wide, 3, padding=1, groups=wide, bias=False), nn.BatchNorm2d(wide)
-        self.gate, self.project, self.bn3 = Gate(wide, 3), nn.Conv2d(wide, channels, 1, bias=False), nn.BatchNorm2d(channels)
+        self.gate, self.project, self.bn3 = Gate(wide, 4), nn.Conv2d(wide, channels, 1, bias=False), nn.BatchNorm2d(channels)
 
     def forward(self, x:torch.Tensor) -> torch.Tensor:
         y = nn.functional.silu(self.bn1(self.expand(x)))
