@@ -108,12 +108,12 @@ def _heard(net:nn.Module, sites:list[Site], x:torch.Tensor) -> dict[str, str]: #
         net.load_state_dict(state)
     return heard
 
-# %% ../../nbs/arch/tracing.ipynb #835c0bd9
+# %% ../../nbs/arch/tracing.ipynb #7e276ee6
 def _site(g:_Group) -> Site:
     "A group without oddities as a site"
     of = lambda kinds, reads: tuple(dict.fromkeys(m.name for m in g.members if isinstance(m.module, kinds) and m.reads == reads))
     outs, added = of((nn.Conv2d, nn.Linear), False), any("AddBackward" in m.name or "SubBackward" in m.name for m in g.members)
-    makers = {m.name for m in g.members if m.name in outs and not m.reads and m.module.weight.shape[1] > 1 or split(m.module)}
+    makers = {m.name for m in g.members if m.name in outs and not m.reads and not depthwise(m.module)}
     width = g.parts or g.width
     return Site(name=outs[0], width=width, stage=g.stage, kind="stream" if added and len(makers) > 1 else "inner", outs=outs, each=g.width//width,
                 norms=of((nn.BatchNorm2d, nn.BatchNorm1d), False), ins=tuple(m for m in of((nn.Conv2d, nn.Linear), True) if m not in outs))
