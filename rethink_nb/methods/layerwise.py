@@ -47,7 +47,8 @@ def layer_counts(arch:Arch, amount:dict, options:dict) -> dict[str, int]:
     for name, n in counts.items():
         if n == arch.site(name).width: continue
         if name not in readers(arch): raise UserError(f"{name} is read by several layers, and channels are judged here by the one that reads them: there are {', '.join(s.name for s in read_sites(arch, True))}")
-        if n < 1: raise UserError(f"{name} ({arch.site(name).width} channels) would be left empty: remove less, or say min_keep=1")
+        way = "layers are mended here, and a block that is gone has none: train the target from scratch" if "target" in amount else "remove less, or say min_keep=1"
+        if n < 1: raise UserError(f"{name} ({arch.site(name).width} channels) would be left empty: {way}")
         if options["rescale"] == "full": check_size(read_sizes(arch)[name], name)
     return counts
 
