@@ -276,14 +276,16 @@ def name_runs(names, # list of module names, or one string with commas
     while len(shorter := _joined(names)) < len(names): names = shorter
     return ", ".join(names)
 
-# %% ../../nbs/report/networks.ipynb #5f135a3a
-def coupling_table(frame, # columns site, kind, stage, width, made_by, normalised_by, read_by (lists, or strings with commas)
+# %% ../../nbs/report/networks.ipynb #d78e26f1
+def coupling_table(frame, # columns site, kind, stage, width, perhaps each (channels of a group, where these go), made_by, normalised_by, read_by (lists, or strings with commas)
                   ):
     "A row per site: what makes, normalises and reads its channels, names shortened"
     by = ["made_by", "normalised_by", "read_by"]
     frame = _needed(frame, "site", "kind", "stage", "width", *by)
     names = {col.replace("_", " "): [name_runs(x) or "-" for x in frame[col]] for col in by}
-    return pd.DataFrame(dict(site=frame.site, kind=frame.kind, stage=frame.stage, channels=frame.width) | names)
+    each = frame.get("each", pd.Series(1, frame.index)) # where whole groups go
+    channels = [w if n == 1 else f"{w} x {n}" for w, n in zip(frame.width, each)]
+    return pd.DataFrame(dict(site=frame.site, kind=frame.kind, stage=frame.stage, channels=channels) | names)
 
 # %% ../../nbs/report/networks.ipynb #b5faf8ec
 def _columns(table):

@@ -50,13 +50,13 @@ def channel_frame(
     return DataFrame([dict(site=s.name, stage=s.stage, channel=c, kept=c in stay, score=score) for s in named for stay in [set(kept.get(s.name, range(s.width))) if s.name in alive else ()]
                       for c, score in enumerate(plan.scores.get(s.name, [nan]*s.width))], columns=["site", "stage", "channel", "kept", "score"])
 
-# %% ../../nbs/surgery/frames.ipynb #54e79b60
+# %% ../../nbs/surgery/frames.ipynb #45ffe44c
 @patch
-def coupling(self:Arch): # DataFrame: site, kind, stage, width, made_by, normalised_by, read_by
+def coupling(self:Arch): # DataFrame: site, kind, stage, width, each (channels of one of the width), made_by, normalised_by, read_by
     "What must shrink with what"
     from pandas import DataFrame
     through = {s.name: [x.name for x in self.sites() if x.kind == "in" and s.name in x.of] for s in self.sites()}
-    return DataFrame([dict(site=s.name, kind=s.kind, stage=s.stage, width=s.width, made_by=list(s.outs) or list(s.of), normalised_by=[*s.norms, *s.whole],
+    return DataFrame([dict(site=s.name, kind=s.kind, stage=s.stage, width=s.width, each=s.each, made_by=list(s.outs) or list(s.of), normalised_by=[*s.norms, *s.whole],
                            read_by=list(s.ins) or through[s.name]) for s in self.sites()])
 
 # %% ../../nbs/surgery/frames.ipynb #0176a28a
