@@ -14,6 +14,7 @@ from rethink_nb.arch import zoo
 from rethink_nb.core.errors import UserError
 from rethink_nb.core.events import Callback
 from rethink_nb.core.seed import generator
+from rethink_nb.core.signals import Stopped
 from rethink_nb.methods import callbacks, prune
 from rethink_nb.testing.toys import same_tensors
 from rethink_nb.training import distributed as D
@@ -31,11 +32,12 @@ def data(): return T.load_data("digits", subset=400)
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory):
-    "An ImageNet-style folder as a data set"
-    source = image_folder(photos(tmp_path_factory.mktemp("photos")), size=16, pad=2)
-    T.data.datasets.register("photographs", source)
-    yield T.load_data("photographs")
-    T.data.datasets.items.pop("photographs")
+    "An ImageNet-style folder as data sets: in memory, and decoded by so many workers while the network trains"
+    at, sets = photos(tmp_path_factory.mktemp("photos")), T.data.datasets
+    sets.register("photographs", image_folder(at, size=16, pad=2))
+    for w in (0, 2): sets.register(f"files-{w}", image_folder(at, size=16, decode="workers", workers=w))
+    yield {name: T.load_data(name) for name in ("photographs", "files-0", "files-2")}
+    for name in ("photographs", "files-0", "files-2"): sets.items.pop(name)
 
 
 def in_ranks(n, task, tmp_path):
@@ -102,10 +104,10 @@ def test_slices_make_up_the_batch():
 
 @pytest.mark.parametrize("n", [2, 3]) # of the last four images, the third of three has none
 @pytest.mark.parametrize("bn", [True, False])
-@pytest.mark.parametrize("what", ["digits", "photographs"]) # these with crops and mirrors
+@pytest.mark.parametrize("what", ["digits", "photographs", "files-2"]) # these with crops and mirrors
 def test_ranks_are_one_process_that_averages(data, photographs, tmp_path, n, bn, what):
     "In float64, all steps together the same to 1e-12; without batch norm also the plain run"
-    if what == "photographs": data = photographs
+    data = photographs.get(what, data)
     arch = ARCH.replace(input=data.input, classes=data.classes)
     made = lambda: (arch.build(seed=1) if bn else without_bn(arch.build(seed=1))).double()
     r, steps = RECIPE.replace(processes=n), range(len(data.train)//33 + 1)
@@ -128,8 +130,8 @@ def test_ranks_are_one_process_that_averages(data, photographs, tmp_path, n, bn,
     assert near(nets[0], plain.state_dict(), 1e-5) != bn
 
 
-def test_a_whole_training_with_a_method(data, tmp_path):
-    "`train` itself, in float32, with slimming's callback: against the hand to 1e-5 in the first steps, the books kept once"
+def test_a_whole_training(data, tmp_path):
+    "`train` itself, in float32: against the hand to 1e-5 in the first steps, the books kept once"
     r = RECIPE.replace(processes=2, stop=5)
     def task(ranks):
         net = ARCH.build(seed=1)
@@ -291,6 +293,47 @@ def photos(at, size=24):
             folder.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image[y:y + size, x:x + size]).save(folder/f"{i:03}.{'jpg' if i % 2 else 'png'}")
     return at
+
+
+def test_decoded_while_training(photographs, tmp_path):
+    "Whoever decodes, and where the training was taken up: the same bits; another epoch, other windows"
+    r, nets, stopped = T.recipe("digits", epochs=2), {}, tmp_path/"checkpoint.safetensors"
+    made = lambda: ARCH.replace(input=(3, 16, 16), classes=2).build(seed=1)
+    for w in (0, 2):
+        nets[w] = made()
+        T.train(nets[w], photographs[f"files-{w}"], r, seed=3, device="cpu")
+    assert same_tensors(nets[0].state_dict(), nets[2].state_dict())
+
+    class Stop(Callback):
+        def __init__(self, steps): self.left = steps
+        def key(self): return ""
+        def after_step(self, net, lr):
+            self.left -= 1
+            if not self.left: os.kill(os.getpid(), signal.SIGINT)
+    net = made()
+    with pytest.raises(Stopped): T.train(net, photographs["files-2"], r, [Stop(8)], seed=3, device="cpu", checkpoint=stopped)
+    net = made()
+    T.train(net, photographs["files-2"], r, [Stop(-1)], seed=3, device="cpu", checkpoint=stopped)
+    assert same_tensors(net.state_dict(), nets[0].state_dict())
+    d = photographs["files-0"]
+    seen = [batch(d.train.images, torch.arange(8), d, draw(8, d, generator(3, "augment", e))) for e in (1, 1, 2)]
+    assert torch.equal(seen[0], seen[1]) and not torch.equal(seen[0], seen[2])
+    assert torch.equal(batch(d.test.images, torch.arange(4), d), batch(photographs["files-2"].test.images, torch.arange(4), d))
+
+
+def test_a_broken_image_is_named(tmp_path):
+    broken = next((photos(tmp_path)/"train"/"temple").glob("*.jpg"))
+    broken.write_bytes(broken.read_bytes()[:300])
+    T.data.datasets.register("broken", image_folder(tmp_path, size=16, decode="workers", workers=2))
+    try:
+        with pytest.raises(UserError, match=f"{broken} cannot be read as an image"): T.train(ARCH.replace(input=(3, 16, 16), classes=2).build(), T.load_data("broken"), T.recipe("digits", epochs=1), device="cpu")
+    finally: T.data.datasets.items.pop("broken")
+
+
+def test_methods_look_at_images_in_files(photographs):
+    d = photographs["files-2"]
+    x, y = T.plain_batches(d, 40)[0]
+    assert x.shape == (40, 3, 16, 16) and len(y) == 40 and x.isfinite().all()
 
 
 def plugin(tmp_path):

@@ -138,8 +138,8 @@ _enter("cifar-soft-filter", "cifar/soft-filter-pruning/README.md", _TEST + "; th
 _enter("cifar-soft-filter-pretrained", "cifar/soft-filter-pruning/README.md", _TEST, epochs=200, lr=.001, milestones=(1/200, 60/200, 120/200, 160/200), **_soft) # with a pretrained network
 _enter("cifar-soft-filter-b", "cifar/soft-filter-pruning/pruning_resnet_longer_scratch.py", _TEST, epochs=400, lr=.01, milestones=(1/400, 60/400, 120/400, 160/400), **_soft)
 
-# %% ../../nbs/training/recipe.ipynb #06682567
-_CROPS = "crops and mirrors are those of the data set here, not RandomResizedCrop; " + _TEST
+# %% ../../nbs/training/recipe.ipynb #4994ff84
+_CROPS = "the reference's RandomResizedCrop is for images in files (image_folder with decode='workers'); those in memory get the crops of their data set; " + _TEST
 
 _enter("imagenet", "imagenet/l1-norm-pruning/main_E.py", _CROPS, epochs=90, lr=.1, batch=256, every=1/3)
 _enter("imagenet-vgg", "imagenet/thinet/main_E.py, imagenet/regression-pruning/main_E.py", _CROPS, epochs=90, lr=.01, batch=256, every=1/3) # VGG-16 without batch norm
