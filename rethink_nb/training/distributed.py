@@ -150,7 +150,7 @@ def _heard(team:_Team, pipe, told:Callable):
         if "told" in message: told(message["told"])
         else: team.said[team.pipes[pipe]] = message
 
-# %% ../../nbs/training/distributed.ipynb #ccba2019
+# %% ../../nbs/training/distributed.ipynb #d879953d
 def _watch(team:_Team, noted:list[str], told:Callable):
     "Wait for what the first one says, or for a death"
     asked, until = False, None
@@ -158,12 +158,10 @@ def _watch(team:_Team, noted:list[str], told:Callable):
         if noted and not asked and (first := next((p for p, rank in team.pipes.items() if rank == 0), None)):
             first.send_bytes(noted[0].encode())
             asked = True
-        waiting = {p.sentinel: i for i, p in enumerate(team.members) if i not in team.over}
-        ready = connection.wait([*team.pipes, *waiting], timeout=.2)
-        for pipe in [x for x in ready if x in team.pipes]: _heard(team, pipe, told)
-        for rank in [waiting[x] for x in ready if x in waiting]:
-            team.members[rank].join()
-            team.over[rank] = team.members[rank].exitcode
+        for pipe in connection.wait([*team.pipes], timeout=.1): _heard(team, pipe, told)
+        if not team.pipes: time.sleep(.01)
+        for rank, p in enumerate(team.members): # asked one by one: a sentinel would wait for processes that they have started, too
+            if rank not in team.over and p.exitcode is not None: team.over[rank] = p.exitcode
         if {"done", "stopped", "refused"} & team.said.get(0, {}).keys() or len(team.over) == team.n and not team.pipes: break
         bad = any(team.over.values()) or any(not {"done"} & m.keys() for m in team.said.values())
         if bad and until is None: until = time.monotonic() + _GRACE

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['batches', 'steps_of', 'train_epoch', 'optimiser', 'History', 'Diverged', 'resolved', 'train']
 
-# %% ../../nbs/training/loop.ipynb #15727069
+# %% ../../nbs/training/loop.ipynb #dc3c5d08
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import isfinite, log
@@ -23,7 +23,7 @@ from ..core.record import content_id
 from ..core.seed import generator
 from ..core.signals import Stopped, postponed
 from .checkpoint import Place, Saver, tensors_digest
-from .augment import batch, draw
+from .augment import draw, fed
 from .data import Data
 from .device import Meter, autocast, best_precision, compile_told, memory_told, pick_device, repeatable
 from .ledger import Cost, epoch_steps, train_macs
@@ -49,10 +49,10 @@ def steps_of(
     parts = {e: range(max(0, start - (e - 1)*each), min(each, end - (e - 1)*each)) for e in range(1, r.epochs + 1)}
     return {e: part for e, part in parts.items() if part}
 
-# %% ../../nbs/training/loop.ipynb #86eedb1f
+# %% ../../nbs/training/loop.ipynb #b250c944
 def _epoch_draws(data:Data, r:Recipe, seed:int, epoch:int) -> tuple[torch.Tensor, tuple | None]: # order of all images, moves of all or None; on the data's device
     "What an epoch leaves to chance"
-    n, device = len(data.train), data.train.labels.device
+    n, device = len(data.train), data.train.images.device
     order = torch.randperm(n, generator=generator(seed, "order", epoch)).to(device)
     return order, tuple(m.to(device) for m in draw(n, data, generator(seed, "augment", epoch))) if r.augment else None
 
@@ -61,7 +61,7 @@ def _new_sums(device:torch.device) -> dict[str, torch.Tensor]:
     "Loss times images, and images that were right"
     return dict(loss=torch.zeros((), device=device), right=torch.zeros((), device=device, dtype=torch.long))
 
-# %% ../../nbs/training/loop.ipynb #cb8b572a
+# %% ../../nbs/training/loop.ipynb #654f4936
 def train_epoch(
     net:nn.Module,
     data:Data, # on the network's device
@@ -82,10 +82,10 @@ def train_epoch(
     order, moves = _epoch_draws(data, r, seed, epoch)
     place.sums = {k: v.to(device) for k, v in place.sums.items()} or _new_sums(device)
     parts, forward = batches(len(order), r.batch), net if forward is None else forward
-    for i in range(max(part.start, place.batch), part.stop):
-        at, lr = parts[i], r.lr_at(epoch, i/len(parts))
-        mine, weight = ranks.share(at)
-        x, y = batch(data.train.images, order[mine], data, moves and [m[mine] for m in moves]), data.train.labels[order[mine]]
+    todo = range(max(part.start, place.batch), part.stop)
+    asked = [ranks.share(parts[i]) for i in todo]
+    for i, (mine, weight), x in zip(todo, asked, fed(data.train.images, ((order[at], moves and [m[at] for m in moves]) for at, _ in asked), data)):
+        at, lr, y = parts[i], r.lr_at(epoch, i/len(parts)), data.train.labels[order[mine].to(device)]
         for g in opt.param_groups: g["lr"] = lr*g.get("lr_scale", 1)
         with autocast(device, r.precision): logits = forward(x.contiguous(memory_format=torch.channels_last))
         loss = F.cross_entropy(logits.float(), y)
