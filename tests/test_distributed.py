@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import child
+from conftest import ROOT, child
 from test_training import CLOCKS, ended, fork, stderr_to
 from torch import nn
 from torch.nn import functional as F
@@ -270,6 +270,39 @@ def test_the_one_that_started_them_is_killed(tmp_path, unbroken):
     assert same(kept(tmp_path/"again", str(at)), unbroken)
 
 
+@pytest.mark.slow
+def test_a_study_of_which_one_is_killed(tmp_path):
+    "The command ends with one line; the same command goes on from the checkpoint"
+    import subprocess, sys
+    words = [str(Path(sys.executable).parent/"rethink-nb"), "run", "l1", "--arms", "parent", "--seeds", "1", "--epochs", "40", "--gpus", "2", "--device", "cpu"]
+    running = subprocess.Popen(words, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    end, seen = time.time() + 240, []
+    while time.time() < end and not list(tmp_path.glob("runs/.work/*/checkpoint.safetensors")): time.sleep(.01)
+    for worker in members(running.pid): seen += members(worker)
+    assert len(seen) == 2
+    os.kill(seen[1], signal.SIGKILL)
+    out, err = running.communicate(timeout=120)
+    line = err.splitlines()[-1]
+    assert running.returncode == 2 and line == "rethink-nb: process 1 of 2 was killed by SIGKILL, by hand or for want of memory, and the others were ended: the same call goes on from the last checkpoint", err
+    before = json.loads(next(tmp_path.glob("runs/.work/*/progress.json")).read_text())["epoch"]
+    done = child(*words, cwd=tmp_path)
+    assert done.returncode == 0, done.output
+    record = json.loads(next(tmp_path.glob("runs/*/record.json")).read_text())
+    assert record["status"] == "done" and 1 <= before < 40 and record["cost"]["steps"] == 40*32
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ask", [dict(lr=1e30), dict(arch="resnet8-digits", method="sss")])
+def test_what_comes_back(ask):
+    "A training that diverges says so with its curve; a network that its method has changed comes back with what was added"
+    if "lr" in ask:
+        with pytest.raises(T.Diverged, match="training diverged in epoch 1") as e: D.train_distributed(arguments={**ASK, **ask}, device="cpu")
+        assert len(e.value.rows) == 1 and e.value.cost.images == 400
+    else:
+        net, h, (state,) = D.train_distributed(arguments={**ASK, **ask}, device="cpu")
+        assert state["factors"].shape[0] == 3 and len(h.rows) == 3 and T.evaluate(net, T.load_data("digits", subset=400).val, T.load_data("digits", subset=400))[1] == h.final["val_acc"]
+
+
 def test_what_cannot_be_is_refused():
     for ask, told in ((dict(processes=0), "processes 0: give a whole number from 1"), (dict(processes=3, batch=5), "batch 5 over 3 processes: give at least 6 images a step, two for each")):
         with pytest.raises(UserError, match=told): T.recipe("digits", **ask)
@@ -378,3 +411,20 @@ def test_gpus_that_are_not_there(tmp_path, capsys, monkeypatch, gpus, told):
     assert main(["run", "l1", "--gpus", gpus]) == 2
     line, = capsys.readouterr().err.splitlines()
     assert told in line and not list(tmp_path.iterdir())
+
+
+# With devices --------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.gpu
+def test_gpu_images_in_files(photographs):
+    nets = [ARCH.replace(input=(3, 16, 16), classes=2).build(seed=1) for _ in range(2)]
+    for net, w in zip(nets, (0, 2)): T.train(net, photographs[f"files-{w}"], T.recipe("digits", epochs=2), device="cuda")
+    assert same_tensors(nets[0].state_dict(), nets[1].state_dict())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
+def test_gpu_two_of_them():
+    "By nccl: the same bits twice, and a loss near that of two processes on the CPU"
+    (a, x, _), (b, y, _), (_, cpu, _) = (D.train_distributed(arguments=ASK, device=d) for d in ("cuda", "cuda", "cpu"))
+    assert same_tensors(a.state_dict(), b.state_dict()) and x.final == y.final and abs(x.rows[0]["train_loss"] - cpu.rows[0]["train_loss"]) < .02

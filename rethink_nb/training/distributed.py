@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['BY_NAME', 'named', 'devices_of', 'Died', 'run_ranks', 'by_name', 'train_distributed']
 
-# %% ../../nbs/training/distributed.ipynb #111d1181
+# %% ../../nbs/training/distributed.ipynb #d217b06d
 import json, os, signal, sys, threading, time, traceback
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from importlib import import_module
 from multiprocessing import connection, get_context
@@ -150,13 +151,13 @@ def _heard(team:_Team, pipe, told:Callable):
         if "told" in message: told(message["told"])
         else: team.said[team.pipes[pipe]] = message
 
-# %% ../../nbs/training/distributed.ipynb #d879953d
+# %% ../../nbs/training/distributed.ipynb #b69014a6
 def _watch(team:_Team, noted:list[str], told:Callable):
     "Wait for what the first one says, or for a death"
     asked, until = False, None
     while until is None or time.monotonic() < until:
         if noted and not asked and (first := next((p for p, rank in team.pipes.items() if rank == 0), None)):
-            first.send_bytes(noted[0].encode())
+            with suppress(OSError): first.send_bytes(noted[0].encode()) # it may have died a moment ago
             asked = True
         for pipe in connection.wait([*team.pipes], timeout=.1): _heard(team, pipe, told)
         if not team.pipes: time.sleep(.01)
@@ -165,18 +166,16 @@ def _watch(team:_Team, noted:list[str], told:Callable):
         if {"done", "stopped", "refused"} & team.said.get(0, {}).keys() or len(team.over) == team.n and not team.pipes: break
         bad = any(team.over.values()) or any(not {"done"} & m.keys() for m in team.said.values())
         if bad and until is None: until = time.monotonic() + _GRACE
-    return _verdict(team, noted)
+    return _verdict(team)
 
 _Team.watch = _watch
 
-# %% ../../nbs/training/distributed.ipynb #cfe13326
-def _verdict(team:_Team, noted:list[str]):
+# %% ../../nbs/training/distributed.ipynb #0c6e8562
+def _verdict(team:_Team):
     "What came of it"
     first = team.said.get(0, {})
     if "done" in first: return first["done"]
-    if "stopped" in first:
-        noted.clear() # obeyed
-        raise Stopped(first["stopped"])
+    if "stopped" in first: raise Stopped(first["stopped"])
     killed = [(rank, code) for rank, code in team.over.items() if code < 0]
     if killed: raise Died(f"process {killed[0][0]} of {team.n} was killed by {signal.Signals(-killed[0][1]).name}, by hand or for want of memory, and the others were ended")
     for what in ("refused", "failed"):

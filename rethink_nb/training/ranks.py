@@ -78,7 +78,7 @@ def take_buffers(net:nn.Module, ranks:Ranks):
     with _lost():
         for b in net.buffers(): distributed.broadcast(b, 0)
 
-# %% ../../nbs/training/ranks.ipynb #d739c4da
+# %% ../../nbs/training/ranks.ipynb #eab49e5c
 @torch.no_grad()
 def check_same(
     net:nn.Module,
@@ -92,7 +92,8 @@ def check_same(
     marks = [torch.empty_like(mark) for _ in range(ranks.n)]
     with _lost(): distributed.all_gather(marks, mark)
     if all(torch.equal(m, mark) for m in marks): return
-    raise UserError(f"the {ranks.n} processes have other weights each {when}: {f'callback {chr(44).join(suspects)} does not do the same in all of them; train in one process' if suspects else 'the network was not built alike'}")
+    who = f"callback {', '.join(suspects)} does not do the same in all of them; train in one process" if suspects else "the network was not built alike"
+    raise UserError(f"the {ranks.n} processes have other weights each {when}: {who}")
 
 # %% ../../nbs/training/ranks.ipynb #5ac646a9
 def _bits(t:torch.Tensor) -> torch.Tensor:
