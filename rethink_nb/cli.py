@@ -207,7 +207,16 @@ def _trial(studies:list, out:Path, store, root, device, workers, stem:str, track
     print(ended.summary(), "", *(f"{what:<9} {path}" for what, path in {**write_results([ended], out, stem), "notebook": notebook, "store": trial.store.path}.items()), sep="\n")
     return 1 if ended.unfinished() else None # runs failed: told above
 
-# %% ../nbs/cli.ipynb #b27aa7ed
+# %% ../nbs/cli.ipynb #3867de13
+def _processes(gpus:int, device:str) -> dict:
+    "The number of a recipe that says how many GPUs share a batch"
+    if gpus == 1: return {}
+    if gpus < 1: raise UserError(f"gpus {gpus}: give a whole number from 1")
+    from torch.cuda import device_count
+    if device != "cpu" and gpus > device_count(): raise UserError(f"gpus {gpus}: there {'is' if device_count() == 1 else 'are'} {device_count()} here; ask for fewer, or say --device cpu for as many processes on the CPU")
+    return dict(processes=gpus)
+
+# %% ../nbs/cli.ipynb #fff4eaca
 @command
 @call_parse
 def run(
@@ -243,16 +252,18 @@ def run(
     root:str="", # folder of data files
     device:str="auto", # cpu, cuda or auto
     workers:int=0, # processes; 0: two on a CPU, one on a GPU
+    gpus:int=1, # that share each batch of a training; with --device cpu: processes on the CPU
     track:str="", # mlflow or tensorboard, that are to show the runs
 ):
     "Carry out a trial: parent, pruned, fine-tuned, Scratch-E, Scratch-B and controls"
     from rethink_nb.core.files import folder
     from rethink_nb.study.grid import Study
     if (numbers := _ratio(ratio)) is None: raise UserError("ratio '': give a number, or several separated by commas")
+    numbers_of_recipe = _options(training) | _processes(gpus, device)
     s = Study(data=data, arch=arch, method=method, ratios=[] if target else numbers if isinstance(numbers, list) else [numbers], target=target, seeds=seeds, first_seed=first_seed, scale=scale or None, epochs=epochs or None,
               subset=subset or None, width=width, precision=precision, margin=margin or None, alpha=alpha, options=_options(options), rounds=rounds, rewind=rewind, cap=cap or None,
-              recipe_name=recipe, training=_options(training), reference=reference, parent=str(Path(parent).expanduser().resolve()) if parent else "", pretrained=pretrained, primary=_names(primary), claims=_numbers(claims, "claims"), **(dict(prices=_ratio(prices, "prices")) if prices else {}), **(dict(arms=_names(arms)) if arms else {}))
-    other = f"-{s.id[:6]}" if s.way != method or arms or recipe or training or reference or parent or pretrained or prices or primary else "" # beside the pages of the same method with other options
+              recipe_name=recipe, training=numbers_of_recipe, reference=reference, parent=str(Path(parent).expanduser().resolve()) if parent else "", pretrained=pretrained, primary=_names(primary), claims=_numbers(claims, "claims"), **(dict(prices=_ratio(prices, "prices")) if prices else {}), **(dict(arms=_names(arms)) if arms else {}))
+    other = f"-{s.id[:6]}" if s.way != method or arms or recipe or numbers_of_recipe or reference or parent or pretrained or prices or primary else "" # beside the pages of the same method with other options
     network = re.sub(r"[^\w.=-]+", "-", arch) # a builder's name has a colon, and what no file should be called by
     return _trial([s], folder(out, "out"), store, root, device, workers, f"{method}-{data}-{network}{other}", track)
 

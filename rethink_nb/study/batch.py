@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Batch', 'listed']
 
-# %% ../../nbs/study/batch.ipynb #dfaca210
+# %% ../../nbs/study/batch.ipynb #0f65cee6
 import sys, time
 from contextlib import nullcontext
 from functools import cached_property, partial
@@ -31,6 +31,7 @@ from .store import Store
 from .tasks import Task, overview_task, tasks_of
 from .track import mirrored
 from .trial import grouped
+from ..training.device import pick_device
 
 # %% ../../nbs/study/batch.ipynb #2e35df7d
 class Batch:
@@ -97,11 +98,13 @@ def _told(path:Path, root) -> list[str]:
         return [f"{f'{f.scale}: ' if f.scale else ''}{estimate(f.studies, root=root)}: {f.title}" for f in found]
     except UserError as e: return [f"- {e}"]
 
-# %% ../../nbs/study/batch.ipynb #b842c54f
+# %% ../../nbs/study/batch.ipynb #b1258e18
 @patch
 def check(self:Batch, device:str):
     "Refuse what cannot be carried out"
     for t in self.trials: t.check(None, device, self.root or None)
+    each = max((r.recipe.processes for t in self.trials for r in t.todo if r.recipe), default=1)
+    if each > 1 and pick_device(device).type == "cuda": raise UserError(f"{each} processes a training, and a batch gives each notebook one GPU: leave processes out, or use rethink-nb run --gpus {each}")
 
 # %% ../../nbs/study/batch.ipynb #27e2e294
 def _check_writable(at:Path):

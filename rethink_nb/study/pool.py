@@ -6,7 +6,7 @@
 __all__ = ['IN_BATCH', 'needs_of', 'ready', 'lost', 'Bars', 'load_all', 'check_methods', 'run_all', 'in_batch', 'told',
            'n_workers']
 
-# %% ../../nbs/study/pool.ipynb #182a38ea
+# %% ../../nbs/study/pool.ipynb #518dce69
 import json, os, sys
 from collections.abc import Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -25,6 +25,7 @@ from .run import check_data, data_of, start_worker, work
 from .store import Store
 from ..training.data import shipped
 from ..training.device import pick_device
+from ..training.distributed import devices_of
 from ..training.loop import steps_of
 from ..training.recipe import Recipe
 from ..training.scenes import shipped_scenes
@@ -94,7 +95,7 @@ def check_methods(runs:Iterable[Run]):
     for name in dict.fromkeys(r.method for r in runs if r.kind == "prune"):
         if not known_to_workers(name): raise UserError(f"method {name} lives in this session alone, and a trial runs in processes of its own: put it in a file and load it by methods.load_plugin(file)")
 
-# %% ../../nbs/study/pool.ipynb #32656bd6
+# %% ../../nbs/study/pool.ipynb #c220845e
 def run_all(
     runs:list[Run], # in an order in which every run comes after what it starts from; see `runs_of`
     store:Store,
@@ -111,7 +112,7 @@ def run_all(
     bars = Bars(len(runs), store, progress)
     bars.study.update(len(runs) - len(todo))
     diverged = {r.id: f"{r.label}: {store.record(r.id)['error']}" for r in runs if store.ended(r) and not store.done(r)}
-    try: return _in_processes(todo, diverged, store, n_workers(workers, device, len(todo)), device, root, bars, not in_batch() if patient is None else patient) if todo else diverged
+    try: return _in_processes(todo, diverged, store, n_workers(workers, device, todo), device, root, bars, not in_batch() if patient is None else patient) if todo else diverged
     finally: bars.close()
 
 # %% ../../nbs/study/pool.ipynb #27d81a30
@@ -131,12 +132,15 @@ def told(
         path = Path(os.environ[IN_BATCH])
         write_text(path, json.dumps({**(json.loads(path.read_text()) if path.is_file() else {}), **errors}))
 
-# %% ../../nbs/study/pool.ipynb #26c07030
-def n_workers(workers:int | None, device:str, runs:int) -> int:
-    "How many processes: never more than runs; None is two on a CPU, one on a GPU"
-    on_gpu = pick_device(device).type == "cuda"
-    if workers is None: workers = 1 if on_gpu else min(2, os.cpu_count() or 1)
+# %% ../../nbs/study/pool.ipynb #0f7089c2
+def n_workers(workers:int | None, device:str, runs:list[Run]) -> int:
+    "How many processes: never more than runs; None is two on a CPU, one on a GPU, and one where a training takes several devices by itself"
+    on_gpu, each = pick_device(device).type == "cuda", max((r.recipe.processes for r in runs if r.recipe), default=1)
+    if each > 1: devices_of(each, device)
+    if workers is None: workers = 1 if on_gpu or each > 1 else min(2, os.cpu_count() or 1)
     if workers < 1: raise UserError(f"{workers} workers: give at least 1")
+    if workers > 1 and each > 1 and on_gpu: raise UserError(f"{workers} workers, and each training takes {each} GPUs: leave workers out")
+    runs = len(runs)
     return max(1, min(workers, runs))
 
 # %% ../../nbs/study/pool.ipynb #269462cd

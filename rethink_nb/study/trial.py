@@ -54,11 +54,11 @@ class Trial:
     @property
     def note(self) -> str: return scales[self.studies[0].scale].note
 
-# %% ../../nbs/study/trial.ipynb #49be47b4
+# %% ../../nbs/study/trial.ipynb #59a9fa79
 @patch
 def check(self:Trial, workers:int | None=None, device:str="auto", root=None, more:Iterable[Run]=()):
     "Refuse what cannot be carried out (data that are missing, a device that is not there) before anything is written"
-    n_workers(workers, device, 1)
+    n_workers(workers, device, [*self.todo, *more])
     check_methods([*self.todo, *more])
     load_all([*self.runs, *more], self.store, root)
 

@@ -6,7 +6,7 @@
 __all__ = ['datasets', 'shipped', 'Split', 'checksum', 'moments', 'Data', 'pick', 'Source', 'load_data', 'read_digits', 'bases',
            'find', 'obtain', 'read_fashion', 'read_cifar', 'CifarFiles']
 
-# %% ../../nbs/training/data.ipynb #b645e5ec
+# %% ../../nbs/training/data.ipynb #ae607460
 import gzip, hashlib, os, zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -20,12 +20,13 @@ from fastcore.basics import patch
 from ..core.errors import UserError
 from ..core.registry import Registry
 from ..core.seed import stream
+from .pictures import Pictures
 
-# %% ../../nbs/training/data.ipynb #38be1694
+# %% ../../nbs/training/data.ipynb #2466a379
 @dataclass(frozen=True, eq=False)
 class Split:
     "Images (N,C,H,W) of uint8 and their labels (N,) of int64"
-    images: torch.Tensor
+    images: torch.Tensor | Pictures # all of them in memory, or in files
     labels: torch.Tensor
     def __len__(self): return len(self.labels)
     def __repr__(self): return f"Split({len(self):,} of {'x'.join(map(str, self.images.shape[1:]))})"
@@ -35,12 +36,12 @@ class Split:
         "Images per class"
         return torch.bincount(self.labels, minlength=classes).tolist()
 
-# %% ../../nbs/training/data.ipynb #c428831e
+# %% ../../nbs/training/data.ipynb #1fa390db
 def checksum(*splits:Split) -> str: # 64 hex digits
-    "SHA-256 over the images and labels of the splits, in this order"
+    "SHA-256 over the images and labels of the splits, in this order; of images in files over their names and sizes"
     digest = hashlib.sha256()
     for s in splits:
-        digest.update(s.images.cpu().contiguous().numpy())
+        digest.update(s.images.digest() if isinstance(s.images, Pictures) else s.images.cpu().contiguous().numpy())
         digest.update(s.labels.cpu().numpy().astype("<i8"))
     return digest.hexdigest()
 

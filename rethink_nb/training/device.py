@@ -95,12 +95,16 @@ def joules(
         return pynvml.nvmlDeviceGetTotalEnergyConsumption(pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}"))/1000
     except Exception: return None # not installed, not allowed, not counted
 
-# %% ../../nbs/training/device.ipynb #85b88630
+# %% ../../nbs/training/device.ipynb #1a43a271
 class Meter:
     "Reads the clocks from when it is made"
-    def __init__(self, device:torch.device):
-        self.device, self.began, self.energy = device, time.perf_counter(), joules(device)
+    def __init__(self,
+        device:torch.device,
+        n:int=1, # such devices that work alike, of which this is the one that is looked at
+    ):
+        self.device, self.n, self.began, self.energy = device, n, time.perf_counter(), joules(device)
         self.mark = self._mark()
+    def anew(self, n:int | None=None) -> "Meter": return Meter(self.device, n or self.n)
 
     def _mark(self):
         "Now, on the device's clock"
@@ -119,4 +123,5 @@ class Meter:
         "What was spent since; waits for the device"
         busy, energy = self._busy(), joules(self.device)
         used = energy - self.energy if energy is not None and self.energy is not None else 0.
-        return Cost(seconds=time.perf_counter() - self.began, device_seconds=busy, joules=max(0., used)) # a counter that starts anew would give less than nothing
+        # a counter that starts anew would give less than nothing; a CPU's counts all that work on it
+        return Cost(seconds=time.perf_counter() - self.began, device_seconds=busy*self.n, joules=max(0., used)*(self.n if self.device.type == "cuda" else 1))

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['image_folder']
 
-# %% ../../nbs/training/folders.ipynb #534fc85d
+# %% ../../nbs/training/folders.ipynb #bf068973
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 
 from ..core.errors import UserError
 from .data import Source, Split, pick
+from .pictures import Pictures, opened
 
 # %% ../../nbs/training/folders.ipynb #f0c74b54
 def _listed(folder:Path) -> dict[str, list[Path]]: # files by class
@@ -43,31 +45,28 @@ def _files(folders:list[Path]) -> tuple[list[str], list[tuple[Path, int]]]: # cl
         if list(found) != list(listed[0]): raise UserError(f"{f} and {folders[0]} have different classes: {', '.join(sorted(set(found) ^ set(listed[0])))}")
     return list(listed[0]), [(p, k) for found in listed for k, files in enumerate(found.values()) for p in files]
 
-# %% ../../nbs/training/folders.ipynb #3240402b
+# %% ../../nbs/training/folders.ipynb #de1aec27
 def _pixels(file:Path, size:tuple[int, int], channels:int) -> torch.Tensor:
     "One image as uint8 (channels, height, width): its shorter side is brought to size, and its middle cut out"
     import numpy as np
     from PIL import Image, ImageOps
-    try:
-        with Image.open(file) as image:
-            if image.mode.startswith(("I", "F")): raise UserError(f"{file}: {image.mode}, more than 8 bits a pixel, would lose most of its values; convert it first")
-            picture = ImageOps.fit(image.convert("L" if channels == 1 else "RGB"), size[::-1], Image.Resampling.BILINEAR)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as e: raise UserError(f"{file} cannot be read as an image ({e}); replace or remove it") from None
+    picture = ImageOps.fit(opened(file, channels), size[::-1], Image.Resampling.BILINEAR)
     return torch.from_numpy(np.array(picture)).view(*size, channels).permute(2, 0, 1)
 
-# %% ../../nbs/training/folders.ipynb #a5a38ff8
-def _split(files:list[tuple[Path, int]], size:tuple[int, int], channels:int) -> Split:
-    return Split(torch.stack([_pixels(f, size, channels) for f, _ in files]), torch.tensor([label for _, label in files]))
+# %% ../../nbs/training/folders.ipynb #e47b6d35
+def _split(files:list[tuple[Path, int]], size:tuple[int, int], channels:int, kept:Callable | None=None) -> Split:
+    "Images with their labels: in memory, or as what `kept` makes of their files"
+    return Split(kept([f for f, _ in files]) if kept else torch.stack([_pixels(f, size, channels) for f, _ in files]), torch.tensor([label for _, label in files]))
 
-# %% ../../nbs/training/folders.ipynb #8cb75585
-def _read(train:list[Path], test:Path | None, size:tuple[int, int], channels:int, root=None, download:bool=False) -> tuple[Split, Split]:
+# %% ../../nbs/training/folders.ipynb #d536e1a1
+def _read(train:list[Path], test:Path | None, size:tuple[int, int], channels:int, kept:Callable | None=None, root=None, download:bool=False) -> tuple[Split, Split]:
     "Both sets; the last two arguments are there for `Source` and not needed"
-    everyone = _split(_files(train)[1], size, channels)
-    if test: return everyone, _split(_files([test])[1], size, channels)
+    everyone = _split(_files(train)[1], size, channels, kept)
+    if test: return everyone, _split(_files([test])[1], size, channels, kept)
     held, rest = pick(everyone.labels, len(everyone)//5, seed=0, what=f"test images of {train[0]}:") # a constant: the test images never move
     return everyone.take(rest), everyone.take(held)
 
-# %% ../../nbs/training/folders.ipynb #7a0ef3d8
+# %% ../../nbs/training/folders.ipynb #bd6e54c7
 def image_folder(
     path:str|Path, # one folder a class, or `train` and `test` with such folders
     size:int|tuple[int,int]=32, # side, or height and width, that every image is brought to
@@ -75,19 +74,30 @@ def image_folder(
     val:int|None=None, # training images held out; None: a tenth, at least one a class
     pad:int=4, # border for random crops
     flip:bool=True, # whether a mirrored image keeps its class
+    decode:str="memory", # "memory": once, and kept; "workers": each time, while the network trains, with windows of any size and shape as for ImageNet
+    workers:int|None=None, # threads that decode; None: as many as there are cores for it
 ) -> Source:
     "A folder of images as a data set that `datasets.register` takes"
     size = (size, size) if isinstance(size, int) else size
     if not (isinstance(size, (tuple, list)) and len(size) == 2 and all(type(s) is int and 1 <= s <= 4096 for s in size)): raise UserError(f"size {size}: give the side in pixels, or height and width")
     if channels not in (1, 3): raise UserError(f"channels {channels}: give 3 for colour or 1 for grey")
     if type(pad) is not int or pad < 0 or type(flip) is not bool: raise UserError(f"pad {pad}, flip {flip}: give pixels of border, and True or False")
+    if decode not in ("memory", "workers"): raise UserError(f"decode {decode!r}: give memory or workers")
+    if workers is not None and (decode == "memory" or type(workers) is not int or workers < 0): raise UserError(f"workers {workers!r}: give a whole number from 0, with decode='workers'")
+    if decode == "workers" and size[0] != size[1]: raise UserError(f"size {size}: decode='workers' gives squares; give the side in pixels")
     path = Path(path).expanduser().resolve()
     train, test = _parts(path)
     classes, files = _files(train)
     if test: _files([train[0], test]) # refuses other classes
     _enough(path, classes, files, 2 if test else 10)
     left = len(files) if test else len(files) - len(files)//5
-    return Source(partial(_read, train, test, tuple(size), channels), len(classes), (channels, *size), max(len(classes), left//10) if val is None else val, pad, flip)
+    val, own = max(len(classes), left//10) if val is None else val, partial(_read, train, test, tuple(size), channels)
+    if decode == "memory": return Source(own, len(classes), (channels, *size), val, pad, flip)
+    return Source(partial(own, partial(_pictures, path, size[0], channels, workers)), len(classes), (channels, *size), val, 0, flip, *(_MOMENTS if channels == 3 else _GREY))
+
+_MOMENTS, _GREY = ((.485, .456, .406), (.229, .224, .225)), ((.449,), (.226,)) # ImageNet's, as in imagenet/l1-norm-pruning/main_E.py; their means
+
+def _pictures(path:Path, side:int, channels:int, workers:int | None, files:list[Path]) -> Pictures: return Pictures(path, files, side, channels, workers)
 
 # %% ../../nbs/training/folders.ipynb #1cb37ef1
 def _enough(path:Path, classes:list[str], files:list[tuple[Path, int]], least:int):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['batches', 'steps_of', 'train_epoch', 'optimiser', 'History', 'Diverged', 'resolved', 'train']
 
-# %% ../../nbs/training/loop.ipynb #40fd06dc
+# %% ../../nbs/training/loop.ipynb #dc3c5d08
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -24,10 +24,11 @@ from ..core.record import content_id
 from ..core.seed import generator
 from ..core.signals import Stopped, postponed
 from .checkpoint import Place, Saver, tensors_digest
-from .augment import batch, draw
+from .augment import draw, fed
 from .data import Data
 from .device import Meter, autocast, best_precision, compile_told, drawn_by, memory_told, pick_device, repeatable
 from .ledger import Cost, epoch_steps, train_macs
+from .ranks import Ranks, averaged, check_same, take_buffers
 from .recipe import Recipe
 from .scores import evaluate, judged
 
@@ -49,19 +50,24 @@ def steps_of(
     parts = {e: range(max(0, start - (e - 1)*each), min(each, end - (e - 1)*each)) for e in range(1, r.epochs + 1)}
     return {e: part for e, part in parts.items() if part}
 
-# %% ../../nbs/training/loop.ipynb #86eedb1f
+# %% ../../nbs/training/loop.ipynb #b250c944
 def _epoch_draws(data:Data, r:Recipe, seed:int, epoch:int) -> tuple[torch.Tensor, tuple | None]: # order of all images, moves of all or None; on the data's device
     "What an epoch leaves to chance"
-    n, device = len(data.train), data.train.labels.device
+    n, device = len(data.train), data.train.images.device
     order = torch.randperm(n, generator=generator(seed, "order", epoch)).to(device)
     return order, tuple(m.to(device) for m in draw(n, data, generator(seed, "augment", epoch))) if r.augment else None
 
-# %% ../../nbs/training/loop.ipynb #d3961686
+# %% ../../nbs/training/loop.ipynb #5bc13a94
 def _new_sums(device:torch.device) -> dict[str, torch.Tensor]:
     "Loss times images, and images that were right"
     return dict(loss=torch.zeros((), device=device), right=torch.zeros((), device=device, dtype=torch.long))
 
-# %% ../../nbs/training/loop.ipynb #b55933ca
+# %% ../../nbs/training/loop.ipynb #61d12690
+def _draws(net:nn.Module) -> bool:
+    "Whether a pass may draw from torch's streams"
+    return bool(getattr(getattr(net, "arch", None), "builder", None)) or any(isinstance(m, nn.modules.dropout._DropoutNd) for m in net.modules())
+
+# %% ../../nbs/training/loop.ipynb #4884c789
 def train_epoch(
     net:nn.Module,
     data:Data, # on the network's device
@@ -74,30 +80,35 @@ def train_epoch(
     place:Place | None=None, # to go on in the middle of `part`, and to book in
     step_over:Callable[[], None]=lambda: None, # called after each step
     forward:Callable | None=None, # the network's forward pass, compiled say; None: the network
+    ranks:Ranks | None=None, # which process of several; None: the only one
 ) -> dict: # mean loss, accuracy in percent, images, steps
     "Train on a part of an epoch's batches"
     net.train()
-    device, place = data.train.labels.device, place or Place()
+    device, place, ranks = data.train.labels.device, place or Place(), ranks or Ranks()
     order, moves = _epoch_draws(data, r, seed, epoch)
     place.sums = {k: v.to(device) for k, v in place.sums.items()} or _new_sums(device)
     parts, forward = batches(len(order), r.batch), net if forward is None else forward
-    drops = any(isinstance(m, nn.Dropout) for m in net.modules())
-    for i in range(max(part.start, place.batch), part.stop):
-        at, lr = parts[i], r.lr_at(epoch, i/len(parts))
-        x, y = batch(data.train.images, order[at], data, moves and [m[at] for m in moves]), data.train.labels[order[at]]
+    todo = range(max(part.start, place.batch), part.stop)
+    asked, draws, mine_only = [ranks.share(parts[i]) for i in todo], _draws(net), (ranks.rank,) if ranks.rank else ()
+    for i, (mine, weight), x in zip(todo, asked, fed(data.train.images, ((order[at], moves and [m[at] for m in moves]) for at, _ in asked), data)):
+        at, lr, y = parts[i], r.lr_at(epoch, i/len(parts)), data.train.labels[order[mine].to(device)]
         for g in opt.param_groups: g["lr"] = lr*g.get("lr_scale", 1)
-        with autocast(device, r.precision), drawn_by(device, seed, "dropout", epoch, i) if drops else nullcontext(): logits = forward(x.contiguous(memory_format=torch.channels_last))
+        with autocast(device, r.precision), drawn_by(device, seed, "dropout", epoch, i, *mine_only) if draws else nullcontext(): logits = forward(x.contiguous(memory_format=torch.channels_last))
         loss = F.cross_entropy(logits.float(), y)
         opt.zero_grad(set_to_none=True)
         loss.backward()
+        loss, right = averaged(net, ranks, loss.detach(), (logits.detach().argmax(1) == y).sum(), weight)
         call_all(callbacks, "after_backward", net)
         opt.step()
         call_all(callbacks, "after_step", net, lr)
-        place.sums["loss"] += loss.detach()*len(y)
-        place.sums["right"] += (logits.detach().argmax(1) == y).sum()
-        place.batch, place.images, place.steps = i + 1, place.images + len(y), place.steps + 1
+        images = at.stop - at.start
+        place.sums["loss"] += loss*images
+        place.sums["right"] += right
+        place.batch, place.images, place.steps = i + 1, place.images + images, place.steps + 1
         step_over()
+    take_buffers(net, ranks)
     call_all(callbacks, "epoch_end", net, epoch)
+    check_same(net, ranks, f"after epoch {epoch}", [type(cb).__name__ for cb in callbacks])
     return dict(train_loss=place.sums["loss"].item()/place.images, train_acc=100*place.sums["right"].item()/place.images, images=place.images, steps=place.steps)
 
 # %% ../../nbs/training/loop.ipynb #b8ec280a
@@ -135,7 +146,7 @@ def resolved(r:Recipe, device:torch.device) -> Recipe:
     "The recipe with what depends on the device decided"
     return r.replace(precision=best_precision(device)) if r.precision == "auto" else r
 
-# %% ../../nbs/training/loop.ipynb #6f858101
+# %% ../../nbs/training/loop.ipynb #96508d9e
 def train(
     net:nn.Module, # with its `.arch`; trained in place
     data:Data, # from `load_data`
@@ -146,30 +157,33 @@ def train(
     checkpoint=None, # file to go on from, and to write after each epoch and within long ones
     report:Callable[[dict], None] | None=None, # told the row of each epoch
     seconds:float=60., # between two checkpoints within an epoch
-) -> History:
+    ranks:Ranks | None=None, # which process of the recipe's it is; see `training.distributed`
+) -> History | None: # None in all processes but the first
     "Train a network by a recipe; the test images are read once, at the end. Asked to stop (Ctrl-C, SIGTERM), it finishes the step, writes its checkpoint and raises `Stopped`"
-    device, callbacks = pick_device(device), list(callbacks)
+    device, callbacks, ranks = pick_device(device), list(callbacks), ranks or Ranks()
+    if r.processes != ranks.n: raise UserError(f"a recipe for {r.processes} processes, and this is {ranks}: train_distributed starts them")
     r, data = resolved(r, device), data.to(device)
     net.to(device, memory_format=torch.channels_last)
     call_all(callbacks, "prepare", net)
     opt = optimiser(net, r, callbacks)
     key = content_id([net.arch.id, r.id, data.checksum, seed, device.type, [cb.key() for cb in callbacks], tensors_digest(net.state_dict())])
-    saver, hint = Saver(checkpoint, (net, opt, callbacks, key), seconds), f"take fewer images a step than {r.batch}{', precision bf16' if r.precision == 'fp32' else ''}, a narrower network, or fewer workers"
+    saver, hint = Saver(checkpoint, (net, opt, callbacks, key), seconds if ranks.first else float("inf")), f"take fewer images a step than {r.batch}{', precision bf16' if r.precision == 'fp32' else ''}, a narrower network, or fewer workers"
     with repeatable(device), memory_told(hint), compile_told(r.compile), postponed() as noted:
-        t = _Training(net, data, r, opt, callbacks, seed, saver, noted)
+        t = _Training(net, data, r, opt, callbacks, seed, saver, noted if ranks.n == 1 else ranks.asked, ranks)
         for epoch, part in steps_of(r, len(data.train)).items():
             if epoch > t.done: t.run_epoch(epoch, part, report)
         return t.end()
 
-# %% ../../nbs/training/loop.ipynb #3d133168
+# %% ../../nbs/training/loop.ipynb #0a6f86d5
 _CLOCKS = ("seconds", "device_seconds", "joules")
 
 class _Training:
     "A training under way, taken up where its checkpoint left it"
-    def __init__(self, net, data, r, opt, callbacks, seed, saver:Saver, noted:list[str]):
-        self.net, self.data, self.r, self.opt, self.callbacks, self.seed, self.saver, self.noted = net, data, r, opt, callbacks, seed, saver, noted
+    def __init__(self, net, data, r, opt, callbacks, seed, saver:Saver, noted:list[str], ranks:Ranks):
+        self.net, self.data, self.r, self.opt, self.callbacks, self.seed, self.saver, self.noted, self.ranks = net, data, r, opt, callbacks, seed, saver, noted, ranks
         self.place, self.forward = saver.load(), torch.compile(net, mode=r.compile) if r.compile else net
-        self.meter = Meter(data.train.labels.device)
+        check_same(net, ranks, "at the start")
+        self.meter = Meter(data.train.labels.device, ranks.n)
 
     @property
     def done(self) -> int:
@@ -180,7 +194,7 @@ class _Training:
         "On the epoch under way, earlier tries included"
         return Cost(**self.place.spent) + self.meter.read()
 
-# %% ../../nbs/training/loop.ipynb #16260d28
+# %% ../../nbs/training/loop.ipynb #9769c25f
 @patch
 def run_epoch(self:_Training, epoch:int, part:range, report:Callable | None):
     "Train, look at the held-out images, book the row, save"
@@ -188,22 +202,25 @@ def run_epoch(self:_Training, epoch:int, part:range, report:Callable | None):
     if place.epoch != epoch: self.place = place = Place(rows=place.rows, epoch=epoch)
     def step_over():
         if self.noted or self.saver.due(): self._save_within(part)
-    seen = train_epoch(self.net, self.data, self.r, self.opt, self.callbacks, self.seed, epoch, part, place, step_over, self.forward)
+    seen = train_epoch(self.net, self.data, self.r, self.opt, self.callbacks, self.seed, epoch, part, place, step_over, self.forward, self.ranks)
+    if not self.ranks.first:
+        self.place = Place(rows=[*place.rows, dict(epoch=epoch)]) # the first one keeps the books
+        return
     row = self._row(epoch, seen)
-    self.place, self.meter = Place(rows=[*place.rows, row]), Meter(self.meter.device)
+    self.place, self.meter = Place(rows=[*place.rows, row]), self.meter.anew()
     if not row["train_loss"] < 10*log(self.data.classes) or len(self.data.val) and not isfinite(row["val_loss"]):
         raise Diverged(f"training diverged in epoch {epoch} (loss {row['train_loss']:g} in training, {row['val_loss']:g} on held-out images): lower the learning rate", self.place.rows, self._cost())
     self.saver.save(self.place)
     if report: report(row)
     if self.noted: raise Stopped(self.saver.stopped(self.noted, epoch))
 
-# %% ../../nbs/training/loop.ipynb #509db145
+# %% ../../nbs/training/loop.ipynb #df7e90b8
 @patch
 def _save_within(self:_Training, part:range):
     "A checkpoint in the middle of an epoch, and the end if that was asked for; after its last step the epoch is finished first"
     place = self.place
     if place.batch == part.stop: return
-    place.spent, self.meter = asdict(self.spent()), Meter(self.meter.device)
+    place.spent, self.meter = asdict(self.spent()), self.meter.anew()
     self.saver.save(place)
     if self.noted: raise Stopped(self.saver.stopped(self.noted, place.epoch, f" after step {place.batch:,} of {part.stop:,}"))
 
@@ -227,11 +244,12 @@ def _cost(self:_Training) -> Cost:
     nonzero = count(self.net, self.net.arch.input).nonzero_macs
     return Cost(**{k: last[k] for k in ("macs", "images", "steps", *_CLOCKS) if k in last}, nonzero_macs=3*nonzero*last.get("images", 0))
 
-# %% ../../nbs/training/loop.ipynb #30678b00
+# %% ../../nbs/training/loop.ipynb #73faef88
 @patch
-def end(self:_Training) -> History:
+def end(self:_Training) -> History | None:
     "Read the test images and close the books"
-    rows, d, meter = self.place.rows, self.data, Meter(self.meter.device)
+    if not self.ranks.first: return None
+    rows, d, meter = self.place.rows, self.data, self.meter.anew(1)
     val = (rows[-1]["val_loss"], rows[-1]["val_acc"]) if rows else None
     found, said = judged(self.net, d, self.r.precision, val)
     best = dict(best_test_acc=max(row["test_acc"] for row in rows)) if self.r.peek and rows else {}

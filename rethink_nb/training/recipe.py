@@ -16,7 +16,7 @@ from ..core.errors import UserError
 from ..core.record import Record, check_types
 from ..core.registry import Registry
 
-# %% ../../nbs/training/recipe.ipynb #4ee44a96
+# %% ../../nbs/training/recipe.ipynb #c5b4e5e9
 class Recipe(Record, frozen=True):
     "All numbers of one training by SGD"
     epochs: int
@@ -37,6 +37,7 @@ class Recipe(Record, frozen=True):
     first: int | None = None # only so many first epochs of the training
     last: int | None = None # only so many last epochs
     peek: bool = False # look at the test images after each epoch, as the reference does, and keep the best result beside the last
+    processes: int = 1 # that share each batch, a device each; batch norm sees each one's slice
     compile: str = "" # mode of torch.compile: "default", "reduce-overhead" (with CUDA graphs) or "max-autotune"; empty: not compiled
 
     def __post_init__(self):
@@ -45,7 +46,7 @@ class Recipe(Record, frozen=True):
         _check_words(self)
         _check_part(self)
 
-# %% ../../nbs/training/recipe.ipynb #17b3e2e7
+# %% ../../nbs/training/recipe.ipynb #b295f490
 def _check_numbers(r:Recipe):
     "Refuse numbers that no training has"
     if r.epochs < 0 or r.batch < 2 or not 0 < r.lr < float("inf"): raise UserError(f"a recipe needs epochs >= 0, batch >= 2, lr > 0: {r.epochs}, {r.batch}, {r.lr} given")
@@ -54,6 +55,8 @@ def _check_numbers(r:Recipe):
     if r.gammas and len(r.gammas) != len(r.milestones): raise UserError(f"gammas {r.gammas}: give one for each of the {len(r.milestones)} milestones")
     if r.every is not None and not 0 < r.every <= 1: raise UserError(f"every {r.every}: give a fraction of the epochs, such as 1/3")
     if r.nesterov and not r.momentum: raise UserError("nesterov needs a momentum above 0")
+    if r.processes < 1: raise UserError(f"processes {r.processes}: give a whole number from 1")
+    if r.batch < 2*r.processes: raise UserError(f"batch {r.batch} over {r.processes} processes: give at least {2*r.processes} images a step, two for each")
     if not 0 <= r.momentum < 1 or not 0 <= r.weight_decay < float("inf"): raise UserError(f"momentum {r.momentum}, weight_decay {r.weight_decay}: give 0 <= momentum < 1 and weight_decay >= 0")
 
 # %% ../../nbs/training/recipe.ipynb #1cfcb9c1
@@ -135,8 +138,8 @@ _enter("cifar-soft-filter", "cifar/soft-filter-pruning/README.md", _TEST + "; th
 _enter("cifar-soft-filter-pretrained", "cifar/soft-filter-pruning/README.md", _TEST, epochs=200, lr=.001, milestones=(1/200, 60/200, 120/200, 160/200), **_soft) # with a pretrained network
 _enter("cifar-soft-filter-b", "cifar/soft-filter-pruning/pruning_resnet_longer_scratch.py", _TEST, epochs=400, lr=.01, milestones=(1/400, 60/400, 120/400, 160/400), **_soft)
 
-# %% ../../nbs/training/recipe.ipynb #06682567
-_CROPS = "crops and mirrors are those of the data set here, not RandomResizedCrop; " + _TEST
+# %% ../../nbs/training/recipe.ipynb #4994ff84
+_CROPS = "the reference's RandomResizedCrop is for images in files (image_folder with decode='workers'); those in memory get the crops of their data set; " + _TEST
 
 _enter("imagenet", "imagenet/l1-norm-pruning/main_E.py", _CROPS, epochs=90, lr=.1, batch=256, every=1/3)
 _enter("imagenet-vgg", "imagenet/thinet/main_E.py, imagenet/regression-pruning/main_E.py", _CROPS, epochs=90, lr=.01, batch=256, every=1/3) # VGG-16 without batch norm

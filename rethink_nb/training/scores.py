@@ -5,37 +5,40 @@
 # %% auto #0
 __all__ = ['logits_of', 'evaluate', 'loss_and_accuracy', 'calibration_error', 'scores', 'judged', 'agreement']
 
-# %% ../../nbs/training/scores.ipynb #0b7efe69
+# %% ../../nbs/training/scores.ipynb #d4e983cb
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from ..core.mode import evaluating
-from .augment import batch
+from .augment import fed
 from .data import Data, Split
 from .device import autocast
 
-# %% ../../nbs/training/scores.ipynb #6ae5f7f1
+# %% ../../nbs/training/scores.ipynb #37f5fee0
+_PIXELS = 128*224*224 # of a batch, at most
+
 @torch.no_grad()
 def logits_of(
     net:nn.Module,
     split:Split, # on the network's device
     data:Data, # how images are normalised
-    size:int=1000, # images a batch
+    size:int|None=None, # images a batch; None: 1,000, fewer where they are large
     precision:str="fp32",
 ) -> torch.Tensor: # (images, classes), float32, on the device
     "What the network says of every image; its mode is restored"
-    device = split.labels.device
+    device, size = split.labels.device, size or max(1, min(1000, _PIXELS//(data.input[1]*data.input[2])))
+    asks = [(at, None) for at in torch.arange(len(split), device=split.images.device).split(size) if len(at)]
     with evaluating(net), autocast(device, precision):
-        parts = [net(batch(split.images, at, data).contiguous(memory_format=torch.channels_last)).float() for at in torch.arange(len(split), device=device).split(size) if len(at)]
+        parts = [net(x.contiguous(memory_format=torch.channels_last)).float() for x in fed(split.images, asks, data)]
     return torch.cat(parts) if parts else torch.empty(0, data.classes, device=device)
 
-# %% ../../nbs/training/scores.ipynb #b2e71eb4
+# %% ../../nbs/training/scores.ipynb #57c85273
 def evaluate(
     net:nn.Module,
     split:Split, # on the network's device
     data:Data, # how images are normalised
-    size:int=1000, # images a batch
+    size:int|None=None, # images a batch; see `logits_of`
     precision:str="fp32",
 ) -> tuple[float, float]: # mean cross-entropy, accuracy in percent; NaN for an empty split
     "Mean loss and accuracy"

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['features', 'in_channels', 'probe', 'probe_pixels']
 
-# %% ../../nbs/training/transfer.ipynb #f9de3028
+# %% ../../nbs/training/transfer.ipynb #2e66f009
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -15,6 +15,7 @@ from ..core.mode import evaluating
 from .augment import batch
 from .data import Data, Split
 from .device import one_thread
+from .pictures import whole
 
 # %% ../../nbs/training/transfer.ipynb #82805f00
 def features(
@@ -70,7 +71,7 @@ def _probed(x:dict, data:Data) -> dict:
     best = max(fits, key=lambda c: (fits[c].score(x["val"], y["val"]), -c)) # of equal ones the one held back most
     return dict(val_acc=100*fits[best].score(x["val"], y["val"]), test_acc=100*fits[best].score(x["test"], y["test"]), C=best)
 
-# %% ../../nbs/training/transfer.ipynb #96a493f0
+# %% ../../nbs/training/transfer.ipynb #a331752a
 def probe_pixels(data:Data) -> dict:
     "How well a linear classifier does on the pixels"
-    return _probed({k: s.images.flatten(1).float().cpu().numpy()/255 for k, s in data.splits.items()}, data)
+    return _probed({k: whole(s.images).flatten(1).float().cpu().numpy()/255 for k, s in data.splits.items()}, data)
