@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['scales', 'USUAL', 'Scale', 'Study']
 
-# %% ../../nbs/study/grid.ipynb #1c86052b
+# %% ../../nbs/study/grid.ipynb #4a9562ae
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -28,12 +28,13 @@ from .compared import pair_of
 from .given import given_net, weights_digest
 from .step import DataRef
 from ..training.arms import arm, arms
+import rethink_nb.training.folders # noqa: F401 (ImageNet is one of the data sets)
 from ..training.data import datasets
 from ..training.device import best_precision, pick_device
 from ..training.recipe import Recipe, has_recipe, recipes
 from ..training.recipe import recipe as recipe_of
 
-# %% ../../nbs/study/grid.ipynb #e059c9d7
+# %% ../../nbs/study/grid.ipynb #1b928ac5
 @dataclass(frozen=True)
 class Scale:
     "How much a study can say"
@@ -47,7 +48,7 @@ scales = {
     "paper": Scale(.3, "The paper's recipes."),
     "imagenet": Scale(.3, "The paper's recipes on ImageNet."),
 }
-_SCALE = {"digits": "smoke", "digits-low": "smoke", "digits-high": "smoke", "fashion-mnist": "pocket", "cifar10": "paper", "cifar100": "paper"}
+_SCALE = {"digits": "smoke", "digits-low": "smoke", "digits-high": "smoke", "fashion-mnist": "pocket", "cifar10": "paper", "cifar100": "paper", "imagenet": "imagenet"}
 USUAL = { # arms by what is pruned
     "channels": ("parent", "pruned", "fine-tune", "fine-tune-large", "scratch-e", "scratch-b", "random-channels"),
     "weights": ("parent", "pruned", "fine-tune", "fine-tune-large", "scratch-e", "scratch-b", "shuffled-mask"),
