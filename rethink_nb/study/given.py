@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['given_net', 'weights_digest']
 
-# %% ../../nbs/study/given.ipynb #55cc485c
+# %% ../../nbs/study/given.ipynb #ab6e9b67
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from ..arch.spec import Arch
+from ..arch.torchvision import under_our_names
 from ..core.errors import UserError
 from ..core.record import read_json
 from ..surgery.saved import load, read_weights
@@ -39,13 +40,13 @@ def _known_sum(folder:Path) -> str | None:
     "What the weights of a run's folder must add up to; None for other folders"
     return read_json(folder/"record.json").get("weights_sha256") if (folder/"record.json").is_file() else None
 
-# %% ../../nbs/study/given.ipynb #773f56cb
+# %% ../../nbs/study/given.ipynb #dd7a192b
 def _filled(path:Path, arch:Arch) -> nn.Module:
     "The architecture with the weights in a file"
-    net, found = arch.blank(), read_weights(path)
-    wanted = net.state_dict()
+    net = arch.blank()
+    wanted, found = net.state_dict(), under_our_names(net, read_weights(path))
     for k in [*wanted, *found]:
-        if k not in found or k not in wanted: raise UserError(f"parent {path}: {'has no' if k not in found else 'has a foreign'} tensor {k}; the names must be those of rethink_nb's network")
+        if k not in found or k not in wanted: raise UserError(f"parent {path}: {'has no' if k not in found else 'has a foreign'} tensor {k}; the names must be those of rethink_nb's network, or torchvision's of the same")
         if found[k].is_floating_point() != wanted[k].is_floating_point(): raise UserError(f"parent {path}: tensor {k} is {str(found[k].dtype).removeprefix('torch.')}, where the network has {str(wanted[k].dtype).removeprefix('torch.')}")
         if found[k].shape != wanted[k].shape: raise UserError(f"parent {path}: tensor {k} is {'x'.join(map(str, found[k].shape))}, where the network has {'x'.join(map(str, wanted[k].shape))}")
     net.load_state_dict(found, assign=True)
