@@ -252,3 +252,14 @@ def test_a_run_is_exported_and_timed_beside_its_parent(tmp_path, capsys):
     assert check_exported(store.network(tuned), tmp_path/"net.onnx").ok
     assert main(["export", str(store/tuned), "--format", "torch.export", "--out", str(tmp_path/"net.pt2"), "--untimed"]) == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["net.onnx", "net.pt2", "runs"]
+
+
+def test_doctor_says_what_is_here(tmp_path, monkeypatch, capsys):
+    "Versions, devices, data and a store of which one record is damaged; missing data say how to get them"
+    monkeypatch.setenv("HOME", str(tmp_path)); monkeypatch.delenv("RETHINK_NB_DATA", raising=False)
+    (tmp_path/"runs"/"0123456789ab").mkdir(parents=True)
+    (tmp_path/"runs"/"0123456789ab"/"record.json").write_text("{")
+    assert main(["doctor", "--store", str(tmp_path/"runs")]) == 0
+    said = capsys.readouterr().out
+    for words in ("Python", "ok  digits", "--  cifar10", "ask for it at image-net.org", "damaged: 0123456789ab", "GiB free", "ok  pruning"): assert words in said, words
+    assert main(["doctor", "--root", str(tmp_path/"runs"/"0123456789ab"/"record.json")]) == 0 # told as a line of the data that it was for
