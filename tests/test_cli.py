@@ -261,5 +261,5 @@ def test_doctor_says_what_is_here(tmp_path, monkeypatch, capsys):
     (tmp_path/"runs"/"0123456789ab"/"record.json").write_text("{")
     assert main(["doctor", "--store", str(tmp_path/"runs")]) == 0
     said = capsys.readouterr().out
-    for words in ("Python", "ok  digits", "--  cifar10", "ask for it at image-net.org", "damaged: 0123456789ab", "GiB free", "ok  pruning"): assert words in said, words
+    for words in ("Python", "ok  digits", "--  cifar10", "ask for it at image-net.org", "1 damaged", "0123456789ab", "GiB free", "ok  pruning"): assert words in said, words
     assert main(["doctor", "--root", str(tmp_path/"runs"/"0123456789ab"/"record.json")]) == 0 # told as a line of the data that it was for

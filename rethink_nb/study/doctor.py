@@ -91,7 +91,7 @@ def data(root=None) -> list[Finding]:
     "Every data set"
     return [_data(name, root) for name in datasets.names()]
 
-# %% ../../nbs/study/doctor.ipynb #80ce7037
+# %% ../../nbs/study/doctor.ipynb #8853f1ab
 def store_health(path) -> list[Finding]:
     "Records, damaged ones, and the space that is left"
     at = Path(path)
@@ -99,7 +99,7 @@ def store_health(path) -> list[Finding]:
     records, damaged = Store(at).records()
     ended = {s: sum(r["status"] == s for r in records) for s in ("done", "diverged", "failed")}
     told, free = ", ".join(f"{n:,} {s}" for s, n in ended.items() if n) or "no run has ended", shutil.disk_usage(at).free/2**30
-    return [Finding("store", str(path), told if not damaged else f"{told}; damaged: {', '.join(damaged)}", not damaged, "remove these folders to have the runs made again" if damaged else ""),
+    return [Finding("store", str(path), told if not damaged else f"{told}; {len(damaged)} damaged", not damaged, "; ".join(damaged[:3])), # each says what to do
             Finding("store", "space", f"{free:,.1f} GiB free{'' if os.access(at, os.W_OK) else ', but it cannot be written to'}", free > 1 and os.access(at, os.W_OK), "" if free > 1 else "less than a GiB: checkpoints of large networks may not fit")]
 
 # %% ../../nbs/study/doctor.ipynb #d1c5350d
