@@ -13,6 +13,7 @@ from torchvision import models  # noqa: E402
 
 from conftest import child  # noqa: E402
 import rethink_nb.arch.count  # noqa: E402,F401 (gives Arch its count)
+from rethink_nb import methods  # noqa: E402
 from rethink_nb.arch import zoo  # noqa: E402
 from rethink_nb.arch.external import builders, register_builder, stays  # noqa: E402
 from rethink_nb.cli import main  # noqa: E402
@@ -165,3 +166,71 @@ def test_a_trial_of_ones_own_network(tmp_path):
     assert done.returncode == 0, done.output
     assert "mine:net" in done.stdout and "scratch-e" in done.stdout and "largest error" in done.stdout
     assert (tmp_path/"l1-digits-mine-net.html").is_file()
+
+
+class Base(torch.nn.Module):
+    "Two convolutions and a classifier; what stands between them is each child's own"
+    def __init__(self, classes):
+        super().__init__()
+        self.a, self.b, self.fc = torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.Conv2d(8, 6, 3, padding=1), torch.nn.Linear(6, classes)
+    def between(self, x): return x.relu()
+    def forward(self, x): return self.fc(self.b(self.between(self.a(x))).relu().mean((2, 3)))
+
+
+def child_of(between, extra=lambda self: None):
+    class Child(Base):
+        def __init__(self, classes): super().__init__(classes); extra(self)
+    Child.between = between
+    return Child
+
+
+def square(self): self.c = torch.nn.Conv2d(8, 8, 3, padding=1)
+def tied(self): square(self); self.d = torch.nn.Conv2d(8, 8, 3, padding=1); self.d.weight = self.c.weight
+def alias(self): square(self); self.d = self.c
+def shifted(self): self.register_buffer("shift", torch.arange(8.).view(8, 1, 1))
+def normed(self): self.a = torch.nn.utils.parametrizations.weight_norm(self.a)
+
+
+ODD = { # what stands between, what is there beside, and which layers can go, or what is said
+    "mean over channels": (lambda self, x: x.relu()/(1 + x.relu().mean(1, keepdim=True)), None, {"b"}),
+    "softmax over channels": (lambda self, x: x.softmax(1), None, {"b"}),
+    "channels counted": (lambda self, x: x.relu()/self.a.out_channels, None, {"b"}),
+    "a buffer along channels": (lambda self, x: (x + self.shift).relu(), shifted, {"b"}),
+    "numbers along channels": (lambda self, x: (x*torch.arange(x.shape[1]).view(-1, 1, 1)).relu(), None, {"b"}),
+    "without a gradient": (lambda self, x: x.detach().relu(), None, {"b"}),
+    "another way in training": (lambda self, x: (x + self.c(x) if self.training else x).relu(), square, {"b"}),
+    "called twice": (lambda self, x: self.c(self.c(x.relu()).relu()).relu(), square, {"a", "b"}),
+    "a gate of its own input": (lambda self, x: x*torch.tanh(self.c(x)), square, {"a", "b"}),
+    "tied": (lambda self, x: self.d(self.c(x)), tied, "c.weight and d.weight are one and the same"),
+    "two names": (lambda self, x: self.d(self.c(x)), alias, "c.weight and d.weight are one and the same"),
+    "weight norm": (lambda self, x: x.relu(), normed, "a has hooks or a parametrisation"),
+    "several outputs in training": (lambda self, x: x.no_such_thing() if self.training else x.relu(), None, "fails while it is trained"),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_what_a_pass_does_not_tell(name):
+    "What is pruned is equal, trains, and keeps its own initialisation; what cannot be stays, or is refused in a line"
+    between, extra, can = ODD[name]
+    kind = child_of(between, extra or (lambda self: None))
+    register_builder("odd", lambda _, classes, input: kind(classes))
+    try:
+        if isinstance(can, str):
+            with pytest.raises(UserError, match=can): zoo.arch("odd:it", classes=5, input=(3, 8, 8))
+            return
+        a = zoo.arch("odd:it", classes=5, input=(3, 8, 8))
+        assert {s.name for s in a.sites()} == can and "fc" in stays(a)
+        net = scrambled(a.build(seed=1))
+        small = cut(net, Plan(parent=a.id, keep={s.name: (1, 2, 4) for s in a.sites()}))
+        assert verify(masked(net, Plan(parent=a.id, keep={s.name: (1, 2, 4) for s in a.sites()})), small, tolerance=1e-9).ok
+        fresh(small.arch, seed=2).train()(torch.randn(2, 3, 8, 8)).sum().backward()
+        assert a.count().params == sum(p.numel() for p in a.build().parameters())
+    finally: builders.items.pop("odd")
+
+
+def test_stages_have_no_gaps():
+    "DenseNet's first convolution stands in a stage of which nothing can go: a ratio reaches what can"
+    a = zoo.arch("torchvision:densenet121", classes=10, input=(3, 32, 32))
+    assert sorted({s.stage for s in a.sites()}) == list(range(1, len(a.stages) + 1)) and sum(a.stages) == len(a.sites())
+    assert a.with_widths({a.sites()[0].name: 64}).count().params < a.count().params
+    with pytest.raises(UserError, match="add to streams, which widths= prunes"): methods.prune("l1", zoo.arch("timm:repvgg_a0", classes=10, input=(3, 32, 32)).build(), .5)

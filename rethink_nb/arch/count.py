@@ -75,10 +75,10 @@ def count(
         for h in hooks: h.remove()
     return Count(total[0], total[1], sum(p.numel() for p in net.parameters()), total[2], tuple(rows))
 
-# %% ../../nbs/arch/count.ipynb #ccfdc47b
+# %% ../../nbs/arch/count.ipynb #e1fa6e22
 @per_arch
 def _count_arch(arch:Arch) -> Count:
-    return count(arch.blank(), arch.input)
+    return count(arch.build() if arch.builder else arch.blank(), arch.input) # somebody else's pass may need numbers
 
 # %% ../../nbs/arch/count.ipynb #82874a50
 @patch

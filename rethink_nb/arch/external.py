@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['builders', 'switches', 'register_builder', 'least_side', 'n_sites', 'sites', 'stays', 'Net', 'told', 'external']
 
-# %% ../../nbs/arch/external.ipynb #4317b58e
+# %% ../../nbs/arch/external.ipynb #cd631c2d
 from collections import Counter
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import wraps
+from functools import partial, wraps
 from inspect import signature
 from threading import RLock
 from typing import Any
@@ -20,7 +20,7 @@ from torch import nn
 
 from .parts import hollow
 from .spec import Arch, Builder, Site, forget, per_arch
-from .tracing import depthwise, first_line, split, trace
+from .tracing import Traced, depthwise, first_line, numbered, put_back, silence, split, trace
 from ..core.errors import UserError
 from ..core.registry import Registry
 from ..core.seed import seeded
@@ -142,27 +142,100 @@ def _made(builder:Builder, classes:int, input:tuple[int, int, int], sizes:dict[i
     if not isinstance(net, nn.Module): raise UserError(f"{builder.name} gives a {type(net).__name__}, not a network")
     return net, layers
 
-# %% ../../nbs/arch/external.ipynb #4583e7d9
+# %% ../../nbs/arch/external.ipynb #ff49b791
 @per_arch
 def _base(builder:Builder, classes:int, input:tuple[int, int, int]) -> _Base:
     "The network of a builder, traced"
+    if classes < 1: raise UserError(f"{classes} classes: a classifier needs at least one")
     with torch.device("cpu"), seeded(0, "external"): # an architecture may be asked for within another device
         net, made = _made(builder, classes, input)
         _check_rebuilds(builder, net)
         names, found = {id(m): k for k, m in net.named_modules()}, trace(net, input)
-    if not found.sites: raise UserError(f"nothing can go in {builder.name}: " + "; ".join(f"{k}: {why}" for k, why in list(found.stays.items())[:3]))
+        _check_training(builder, net, classes, input)
+        whole = _laid_out(builder, found, names, made)
+        wrong = _tried(partial(_made, builder, classes, input), whole, net, input)
+    if wrong: whole = _Base(numbered(s for s in whole.sites if s.name not in wrong), whole.stays | {n: "without them it computes something else than with them silent, or nothing" for n in wrong}, whole.layers)
+    if not whole.sites: raise UserError(f"nothing can go in {builder.name}: " + "; ".join(f"{k}: {why}" for k, why in list(whole.stays.items())[:3]))
+    return whole
+
+# %% ../../nbs/arch/external.ipynb #1dcf38fc
+def _laid_out(builder:Builder, found:Traced, names:dict[int, str], made:list[nn.Module]) -> _Base:
+    "The layers behind a traced table"
     layers = {names[id(m)]: _layer(k, m) for k, m in enumerate(made) if id(m) in names}
     if lost := [m for s in found.sites for m in (*s.outs, *s.norms, *s.ins) if m not in layers]: raise UserError(f"{builder.name}: {lost[0]} is a layer that its builder has not made itself")
     return _Base(found.sites, found.stays, layers)
 
-# %% ../../nbs/arch/external.ipynb #c1831fe3
+# %% ../../nbs/arch/external.ipynb #3fd34656
 def _check_rebuilds(builder:Builder, net:nn.Module):
     "Refuse a network that tensors and a name do not tell whole"
     if taken := [k for k in ("arch", "init_") if hasattr(net, k)]: raise UserError(f"{builder.name} has an attribute {taken[0]!r} of its own, a name that is needed here")
     unstored = [f"{at}.{k}".lstrip(".") for at, m in net.named_modules() for k in m._non_persistent_buffers_set if m._buffers[k] is not None]
     if unstored: raise UserError(f"{builder.name} keeps {unstored[0]} in no file (a buffer that is not persistent): it could not be loaded again")
+    for kind in ("parameters", "modules"):
+        seen = {}
+        for name, x in getattr(net, f"named_{kind}")(remove_duplicate=False):
+            if seen.setdefault(id(x), name) != name: raise UserError(f"{builder.name}: {seen[id(x)]} and {name} are one and the same, and would be two when it is cut: build them apart")
+    for name, m in net.named_modules():
+        if m._forward_hooks or m._forward_pre_hooks or hasattr(m, "parametrizations"): raise UserError(f"{builder.name}: {name or 'the network'} has hooks or a parametrisation (weight norm is one), which do not follow a cut: build it without")
     p = next(net.parameters(), None)
     if p is None or p.is_meta: raise UserError(f"{builder.name} gives a network without weights")
+
+# %% ../../nbs/arch/external.ipynb #5baf80dc
+def _check_training(builder:Builder, net:nn.Module, classes:int, input:tuple[int, int, int]):
+    "Refuse a network that gives no logits while it is trained"
+    try: y = net.train()(torch.randn(2, *input))
+    except Exception as e: raise UserError(f"{builder.name} fails while it is trained ({first_line(e)})") from None
+    if not isinstance(y, torch.Tensor) or y.shape != (2, classes): raise UserError(f"{builder.name} gives {f'a {type(y).__name__}' if not isinstance(y, torch.Tensor) else f'a tensor of {tuple(y.shape)}'} while it is trained, where logits of (2, {classes}) are wanted; some builders have an argument for it, such as aux_logits=false")
+
+# %% ../../nbs/arch/external.ipynb #99673c2e
+@torch.no_grad()
+def _loud(net:nn.Module):
+    "Random numbers wherever a fresh network has the same everywhere, in place"
+    for t in net.state_dict().values():
+        if t.is_floating_point() and (t.dim() < 2 or (t == t.flatten()[0]).all()): t.uniform_(.5, 1.5)
+
+# %% ../../nbs/arch/external.ipynb #4daa8edc
+def _halved(state:dict[str, torch.Tensor], sites:list[Site]) -> dict[str, torch.Tensor]:
+    "Tensors without every second channel of these sites, the first of each being one that goes"
+    state = dict(state)
+    odd = lambda t, width, dim: t.unflatten(dim, (width, -1)).index_select(dim, torch.arange(1, width, 2)).flatten(dim, dim + 1)
+    for s in sites:
+        for m in (*s.outs, *s.norms): state |= {k: odd(v, s.width, 0) for k, v in state.items() if k.rpartition(".")[0] == m and v.dim()}
+        for m in s.ins: state[f"{m}.weight"] = odd(state[f"{m}.weight"], s.width, 1)
+    return state
+
+# %% ../../nbs/arch/external.ipynb #4274ca8a
+def _tried(make, base:_Base, net:nn.Module, input:tuple[int, int, int]) -> list[str]: # names of sites
+    "Sites that cannot do without half of their channels; the network is changed"
+    _loud(net)
+    state, x, sites = {k: v.clone() for k, v in net.state_dict().items()}, torch.randn(2, *input), [s for s in base.sites if s.width > 1]
+    def same(some): return _same(make, base, net, state, x, some)
+    if same(sites): return []
+    good = [s for s in sites if same([s])]
+    if not same(good): # each alone, but not together
+        kept = []
+        for s in good: kept += [s] if same([*kept, s]) else []
+        good = kept
+    return [s.name for s in sites if s not in good]
+
+# %% ../../nbs/arch/external.ipynb #5de85316
+@torch.no_grad()
+def _same(make, base:_Base, net:nn.Module, state:dict[str, torch.Tensor], x:torch.Tensor, sites:list[Site], kind=torch.float32) -> bool:
+    "Whether the network without half of the channels of some sites is the one with those silent; what single precision finds different, double decides"
+    if not sites: return True
+    try: small = make(_sizes(base, {s.name: s.width//2 for s in sites}))[0].to(kind)
+    except UserError: return False
+    net.to(kind)
+    put_back(net, state)
+    silence(net, sites)
+    x = x.to(kind)
+    try:
+        put_back(small, _halved(state, sites))
+        wanted, got = net.eval()(x), small.eval()(x)
+        trained = small.train()(x)
+    except Exception: return False # it is the builder's code that runs
+    if trained.shape == got.shape == wanted.shape and (got - wanted).abs().max() <= (1e-4 if kind == torch.float32 else 1e-9)*wanted.abs().max(): return True
+    return kind == torch.float32 and _same(make, base, net, state, x, sites, torch.float64)
 
 # %% ../../nbs/arch/external.ipynb #67948a0f
 switches = {}
@@ -192,21 +265,22 @@ def stays(arch:Arch) -> dict[str, str]:
     "Layers whose channels stay, and why"
     return dict(_of(arch).stays)
 
-# %% ../../nbs/arch/external.ipynb #3474a085
-def _sizes(arch:Arch) -> dict[int, dict[str, int]]: # by turn
+# %% ../../nbs/arch/external.ipynb #d58067d3
+def _sizes(base:_Base, widths:dict[str, int]) -> dict[int, dict[str, int]]: # by turn
     "What layers are made with, where that is not what the builder asks for"
-    base, sizes = _of(arch), {}
+    sizes = {}
     def give(layer, **size): sizes.setdefault(layer.turn, {}).update(size)
-    for s, w in zip(base.sites, arch.widths):
-        if w == s.width: continue
+    for s in base.sites:
+        if (w := widths.get(s.name, s.width)) == s.width: continue
         for layer in (base.layers[m] for m in (*s.outs, *s.norms)): give(layer, **dict.fromkeys(layer.makes, layer.outputs//s.width*w), **({"groups": w} if layer.split else {}))
         for layer in (base.layers[m] for m in s.ins): give(layer, **{layer.reads: layer.inputs//s.width*w})
     return sizes
 
-# %% ../../nbs/arch/external.ipynb #19eb2799
+# %% ../../nbs/arch/external.ipynb #c2f9fdaf
 def Net(arch:Arch) -> nn.Module: # the builder's own module, with `.arch` and `init_`
     "The network of an external `Arch`; the builder has drawn its weights"
-    sizes = _sizes(arch)
+    base = _of(arch)
+    sizes = _sizes(base, dict(zip([s.name for s in base.sites], arch.widths)))
     try: net, _ = _made(arch.builder, arch.classes, arch.input, sizes)
     except UserError:
         if torch.get_default_device().type != "meta": raise

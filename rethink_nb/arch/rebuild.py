@@ -28,7 +28,7 @@ def _sizes(m:nn.Module) -> tuple[int, ...]:
     if isinstance(m, nn.Linear): return m.out_features, m.in_features
     return (m.num_features,) if isinstance(m, nn.modules.batchnorm._BatchNorm) else ()
 
-# %% ../../nbs/arch/rebuild.ipynb #c808efee
+# %% ../../nbs/arch/rebuild.ipynb #f5c31756
 def filled(
     arch:Arch,
     state:dict[str, torch.Tensor], # every parameter and buffer that is stored
@@ -45,7 +45,8 @@ def filled(
             if p is not None: m._parameters[k] = nn.Parameter(state[at + k])
         if (wanted := _sizes(m)) and (found := tuple(m.weight.shape[:2])) != wanted:
             raise UserError(f"{at}weight is {found} where this {arch.family} wants {wanted}: its coupling table misses a module there")
-        for k in m._buffers.keys() - m._non_persistent_buffers_set: m._buffers[k] = state[at + k]
+        for k in m._buffers.keys() - m._non_persistent_buffers_set:
+            if m._buffers[k] is not None: m._buffers[k] = state[at + k]
     return net
 
 # %% ../../nbs/arch/rebuild.ipynb #d9d8e870

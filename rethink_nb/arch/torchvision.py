@@ -5,7 +5,9 @@
 # %% auto #0
 __all__ = ['from_torchvision', 'to_torchvision', 'under_our_names']
 
-# %% ../../nbs/arch/torchvision.ipynb #d088f45b
+# %% ../../nbs/arch/torchvision.ipynb #bbcffdd8
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 
@@ -19,12 +21,13 @@ def _names(net:nn.Module) -> dict[str, str]:
     if not hasattr(family, "torchvision_names"): raise UserError(f"torchvision has no {net.arch.family} of this kind, so nothing says what it would call the weights")
     return family.torchvision_names(net)
 
-# %% ../../nbs/arch/torchvision.ipynb #ac43c3f2
+# %% ../../nbs/arch/torchvision.ipynb #9168ab0c
 def from_torchvision(
     arch:Arch, # of a family that torchvision has
     state:dict[str, torch.Tensor], # torchvision's, of a network of these widths
 ) -> nn.Module:
     "Our network with torchvision's weights; a tensor that is missing, left over or of another size is refused by name"
+    if not isinstance(state, Mapping): raise UserError(f"from_torchvision takes tensors by name, network.state_dict(), not a {type(state).__name__}")
     net = arch.blank()
     names, own = _names(net), net.state_dict()
     wrong = [t for k, t in names.items() if t not in state or state[t].shape != own[k].shape] + sorted(state.keys() - names.values())

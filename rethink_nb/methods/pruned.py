@@ -54,7 +54,7 @@ class Pruned:
 # %% ../../nbs/methods/pruned.ipynb #5291fd9c
 def _change(what:str, a:int, b:int) -> str: return f"{what} {a:,} -> {b:,} ({1 - b/a:.1%} gone)"
 
-# %% ../../nbs/methods/pruned.ipynb #99840363
+# %% ../../nbs/methods/pruned.ipynb #1f146ee4
 @patch
 def remarks(self:Pruned) -> list[str]:
     "What the numbers alone do not say: blocks that are gone, constants they left, weights that are zero"
@@ -65,6 +65,7 @@ def remarks(self:Pruned) -> list[str]:
         lines.append(f"constants stay at {name_runs([c.at for c in self.arch.constants])}; training from scratch leaves them out")
     if self.masks: lines.append(f"weights: {effective(self.net)}")
     elif self.arch == self.parent: lines.append("nothing was removed")
+    elif self.parent.builder and self.after.params > .95*self.before.params: lines.append("hardly anything went: most channels of this network stay (`rethink-nb count NAME --sites` says which, and why)")
     return lines
 
 # %% ../../nbs/methods/pruned.ipynb #53394202

@@ -26,7 +26,7 @@ def largest(
     "The indices of the largest scores; of equal ones the lower index stays"
     return tuple(sorted(scores.sort(descending=True, stable=True).indices[:n].tolist()))
 
-# %% ../../nbs/methods/ranking.ipynb #ad26af47
+# %% ../../nbs/methods/ranking.ipynb #6fe52acc
 def counts_by_threshold(
     scores:dict[str, torch.Tensor], # by site
     ratio:float, # fraction of all channels removed, in [0, 1)
@@ -35,6 +35,7 @@ def counts_by_threshold(
     "How many channels of each site are among the largest of all"
     check_ratio(ratio)
     check_mode(mode)
+    if not scores: raise UserError("no channel of this network can go by itself: its layers add to streams, which widths= prunes by name (see its coupling table)")
     every = torch.cat(list(scores.values()))
     if mode == "reference": return {name: int((s > every.sort().values[int(len(every)*ratio)]).sum()) for name, s in scores.items()}
     return _counts_of_best(scores, len(every) - floor(len(every)*ratio + 1e-9))

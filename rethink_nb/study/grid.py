@@ -108,13 +108,13 @@ class Study(Record, frozen=True):
         _check_parent(self)
         self.__dict__.clear() # answers that were found before all fields were set
 
-# %% ../../nbs/study/grid.ipynb #65e9c06f
+# %% ../../nbs/study/grid.ipynb #5a371dd9
 def _check_names(s:Study):
     "Refuse names that nothing has, and lists that are empty or name a thing twice"
     for registry, n in ((datasets, s.data), (methods, s.method), *((recipes, n) for n in (s.recipe_name, s.pretrained) if n)): registry.get(n)
     check_name(s.arch)
     for a in s.arms: arm(a)
-    if not s.recipe_name and not has_recipe(s.data): raise UserError(f"{s.data} has no recipe of its own: name one by recipe_name=, such as cifar")
+    if not s.recipe_name and not has_recipe(s.data): raise UserError(f"{s.data} has no recipe of its own: name one by recipe_name= (--recipe), such as cifar")
     for what in ("ratios", "arms", "prices"):
         if not getattr(s, what) and (what == "arms" or what == "ratios" and methods.get(s.method).amounts and not s.target): raise UserError(f"a study needs {what}")
         if len(set(getattr(s, what))) < len(getattr(s, what)): raise UserError(f"{what} {', '.join(map(str, getattr(s, what)))}: one stands twice")
