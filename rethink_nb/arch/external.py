@@ -165,13 +165,13 @@ def _laid_out(builder:Builder, found:Traced, names:dict[int, str], made:list[nn.
     if lost := [m for s in found.sites for m in (*s.outs, *s.norms, *s.ins) if m not in layers]: raise UserError(f"{builder.name}: {lost[0]} is a layer that its builder has not made itself")
     return _Base(found.sites, found.stays, layers)
 
-# %% ../../nbs/arch/external.ipynb #3fd34656
+# %% ../../nbs/arch/external.ipynb #a7cb2f66
 def _check_rebuilds(builder:Builder, net:nn.Module):
     "Refuse a network that tensors and a name do not tell whole"
     if taken := [k for k in ("arch", "init_") if hasattr(net, k)]: raise UserError(f"{builder.name} has an attribute {taken[0]!r} of its own, a name that is needed here")
     unstored = [f"{at}.{k}".lstrip(".") for at, m in net.named_modules() for k in m._non_persistent_buffers_set if m._buffers[k] is not None]
     if unstored: raise UserError(f"{builder.name} keeps {unstored[0]} in no file (a buffer that is not persistent): it could not be loaded again")
-    for kind in ("parameters", "modules"):
+    for kind in ("parameters", "buffers"):
         seen = {}
         for name, x in getattr(net, f"named_{kind}")(remove_duplicate=False):
             if seen.setdefault(id(x), name) != name: raise UserError(f"{builder.name}: {seen[id(x)]} and {name} are one and the same, and would be two when it is cut: build them apart")
