@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['arm_looks', 'fig_curves', 'fig_arms', 'fig_accuracy_cost', 'fig_widths']
 
-# %% ../../nbs/report/figures.ipynb #64c7d5a1
+# %% ../../nbs/report/figures.ipynb #d4167a31
+import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import plotly.io as pio
@@ -83,28 +84,36 @@ def _measured(frame, x, columns):
     parts = dict(train="training", val="validation", test="test")
     return pd.concat([frame.assign(at=frame[x], of=frame[c], on=parts[c.split("_")[0]]) for c in columns], ignore_index=True)
 
-# %% ../../nbs/report/figures.ipynb #76ba76eb
+# %% ../../nbs/report/figures.ipynb #9fb10bd1
+_CURVE = ["network", "net", "cut", "arm", "on"] # what tells one curve from another
+
 def _over_seeds(frame):
-    "Mean, lowest and highest value over the runs, at each epoch of an arm; the runs in words"
-    groups = frame.groupby(["network", "net", "cut", "arm", "on", "epoch"], sort=False)
+    "Mean, lowest and highest value over the runs, at each epoch of a curve"
+    groups = frame.groupby([*_CURVE, "epoch"], sort=False)
     mean = groups.agg(x=("at", "mean"), y=("of", "mean"), lo=("of", "min"), hi=("of", "max")).reset_index()
-    return mean.assign(runs=_runs_in_words(frame, groups.ngroup(), len(mean)))
+    return mean.assign(curve=mean.groupby(_CURVE, sort=False).ngroup()), groups.ngroup().to_numpy()
 
-# %% ../../nbs/report/figures.ipynb #a26d62b0
-def _runs_in_words(frame, groups, n):
-    "What each run of each of `n` groups came to, a line a run"
-    lines = [[] for _ in range(n)]
-    if frame.seed.nunique() <= 20:  # a longer list fits no screen
-        for group, s, run, v in zip(groups.tolist(), frame.seed.tolist(), frame.run.tolist(), frame.of.tolist()): lines[group].append(f"seed {s}, {run}: {v:.5g}")
-    return ["<br>".join(of_group) for of_group in lines]
+# %% ../../nbs/report/figures.ipynb #fb987b63
+def _of_runs(frame, mean, place): # place: for each row of the frame its row of the mean
+    "The value of every run beside each row of the mean (NaN where a curve has fewer); by curve the runs in words"
+    if frame.seed.nunique() > 20: return np.empty((len(mean), 0)), [[]]*(mean.curve.max() + 1)  # a longer list fits no screen
+    run, ids = pd.factorize(frame.run)
+    pairs, first, which = np.unique(mean.curve.to_numpy()[place]*len(ids) + run, return_index=True, return_inverse=True)
+    begins = np.searchsorted(pairs//len(ids), np.arange(mean.curve.max() + 1))
+    at = which - begins[mean.curve.to_numpy()[place]]
+    values = np.full((len(mean), at.max() + 1), np.nan)
+    values[place, at] = frame.of
+    words = (frame.seed.astype(str) + ", " + frame.run).to_numpy()[first]
+    return values, [list(w) for w in np.split(words, begins[1:])]
 
-# %% ../../nbs/report/figures.ipynb #253cf3ae
-def _line(panel, arm, rows, color, dash, digits):
+# %% ../../nbs/report/figures.ipynb #faa1624c
+def _line(panel, arm, rows, color, dash, digits, values, words):
     "The mean of an arm in a panel"
-    hover = f"<b>%{{customdata[1]}}</b>, epoch %{{customdata[2]}}: mean %{{y:{digits}}}<br>%{{customdata[0]}}<extra></extra>"
+    told = words[rows.curve.iloc[0]]
+    hover = f"<b>{arm}</b>, epoch %{{customdata[0]}}: mean %{{y:{digits}}}{''.join(f'<br>seed {w}: %{{customdata[{i}]:.5g}}' for i, w in enumerate(told, 1))}<extra></extra>"
     mode = "lines" if len(rows) > 1 else "lines+markers"  # no line leads through one epoch
     return dict(type="scatter", panel=panel, name=arm, mode=mode, x=rows.x.to_numpy(), y=rows.y.to_numpy(), line=dict(color=color, dash=dash),
-                customdata=rows[["runs", "arm", "epoch"]].to_numpy(), hovertemplate=hover)
+                customdata=np.column_stack([rows.epoch, values[rows.index, :len(told)]]), hovertemplate=hover)
 
 # %% ../../nbs/report/figures.ipynb #e2ec18ff
 def _band(panel, arm, rows, color):
@@ -127,7 +136,7 @@ def _one_axis(columns):
     if len(columns) == 1: return _words.get(columns[0], columns[0])
     return f"{' and '.join(_words[c].split()[0] for c in columns)} {_words[columns[0]].split(maxsplit=1)[1]}"
 
-# %% ../../nbs/report/figures.ipynb #a619b757
+# %% ../../nbs/report/figures.ipynb #798dd5f9
 def fig_curves(curves, # the curve frame
                x="epoch", # epoch, macs or seconds (both since the start of this training)
                y="val_acc", # any measured column, or several of one kind, which are then dashed
@@ -139,13 +148,14 @@ def fig_curves(curves, # the curve frame
     words = _one_axis(columns)
     for column in columns: _known(curves, column)
     rows = _measured(panelled(spread_parents(curves)), x, columns)
-    mean = _over_seeds(rows)
+    mean, place = _over_seeds(rows)
+    values, told = _of_runs(rows, mean, place)
     colors, dashes = arm_looks(arm_order(mean.arm))[0], dict(zip(dict.fromkeys(mean.on), ("solid", "dot")))
-    lines = [_line(panel, arm, own, colors[arm], dashes[on], _digits(columns[0])) for panel, (arm, on), own in pieces(mean, "arm", "on")]
+    lines = [_line(panel, arm, own, colors[arm], dashes[on], _digits(columns[0]), values, told) for panel, (arm, on), own in pieces(mean, "arm", "on")]
     if each: more = [_single(panel, arm, own, colors[arm], dashes[on], _digits(columns[0])) for panel, (arm, on), own in pieces(rows, "arm", "on")]
     else: more = [_band(panel, arm, own, colors[arm]) for panel, (arm, on), own in pieces(mean, "arm", "on")]
-    told = [dict(type="scatter", x=[None], y=[None], mode="lines", name=on, line=dict(color="#555555", dash=dash)) for on, dash in dashes.items()] if len(columns) > 1 else []
-    return Grid(mean).figure([*lines, *more, *told], f"{words[0].upper()}{words[1:]}: mean over the seeds{'' if each else ', band from lowest to highest'}", _along[x], words)
+    legend = [dict(type="scatter", x=[None], y=[None], mode="lines", name=on, line=dict(color="#555555", dash=dash)) for on, dash in dashes.items()] if len(columns) > 1 else []
+    return Grid(mean).figure([*lines, *more, *legend], f"{words[0].upper()}{words[1:]}: mean over the seeds{'' if each else ', band from lowest to highest'}", _along[x], words)
 
 # %% ../../nbs/report/figures.ipynb #564534d8
 def fig_arms(frame, # the trial frame
