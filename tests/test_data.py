@@ -218,4 +218,4 @@ def test_cifar_download_unpacks_an_archive_carried_here(nothing, monkeypatch):
 
 def test_unknown_data_set():
     assert "did you mean" in refusal(D.load_data, "fashion-minst")
-    assert "unknown data set" in refusal(D.load_data, "imagenet")
+    assert "unknown data set" in refusal(D.load_data, "imagenette")
