@@ -212,8 +212,7 @@ ODD = { # what stands between, what is there beside, and which layers can go, or
 def test_what_a_pass_does_not_tell(name):
     "What is pruned is equal, trains, and keeps its own initialisation; what cannot be stays, or is refused in a line"
     between, extra, can = ODD[name]
-    kind = child_of(between, extra or (lambda self: None))
-    register_builder("odd", lambda _, classes, input: kind(classes))
+    register_builder("odd", lambda _, classes, input: child_of(between, extra or (lambda self: None))(classes)) # of a class that is new each time
     try:
         if isinstance(can, str):
             with pytest.raises(UserError, match=can): zoo.arch("odd:it", classes=5, input=(3, 8, 8))

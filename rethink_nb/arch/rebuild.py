@@ -83,7 +83,7 @@ def _layout(arch:Arch) -> dict[str, tuple]:
     with torch.device("meta"), hollow(): net = arch.module().Net(arch)
     return {name: (type(m), m.__dict__.get("eps")) for name, m in layers_of(net)}
 
-# %% ../../nbs/arch/rebuild.ipynb #78e958d3
+# %% ../../nbs/arch/rebuild.ipynb #9a0f9fe5
 def arch_of(net:nn.Module) -> Arch:
     "The architecture of a network that is as its architecture builds it; another one is refused by what is different"
     arch = getattr(net, "arch", None)
@@ -91,12 +91,18 @@ def arch_of(net:nn.Module) -> Arch:
     layout, seen = _layout(arch), 0
     for name, m in layers_of(net):
         wanted, seen = layout.get(name), seen + 1
-        if wanted != (type(m), m.__dict__.get("eps")): raise UserError(f"{name or 'the network'} is not as its Arch builds it ({_told(m)}); what was changed by hand would be lost")
+        if wanted != (type(m), m.__dict__.get("eps")) and not _alike(wanted, m): raise UserError(f"{name or 'the network'} is not as its Arch builds it ({_told(m)}); what was changed by hand would be lost")
         if m._forward_pre_hooks or m._forward_hooks and any(h not in (plus_constant, times_gate) for h in m._forward_hooks.values()):
             raise UserError(f"{name or 'the network'} has a forward hook, which would be lost: remove it first")
     if seen != len(layout): raise UserError(f"this network lacks modules that its Arch builds: {', '.join(sorted(layout.keys() - dict(layers_of(net)).keys())[:3])}")
     if next(net.parameters()).is_meta: raise UserError("this network has no weights: build it, or load some")
     return arch
+
+# %% ../../nbs/arch/rebuild.ipynb #989be3c5
+def _alike(wanted:tuple | None, m:nn.Module) -> bool:
+    "Whether a module is of a class that its builder defines anew each time, and thus the same by its name only"
+    name = lambda kind: (kind.__module__, kind.__qualname__)
+    return bool(wanted) and wanted[1] == m.__dict__.get("eps") and name(wanted[0]) == name(type(m))
 
 # %% ../../nbs/arch/rebuild.ipynb #975a2134
 def _told(m:nn.Module) -> str:
