@@ -175,7 +175,7 @@ def _ratio(text:str, what:str="ratio"):
     except ValueError: raise UserError(f"{what} {text!r}: give a number, or numbers separated by commas") from None
     return None if not numbers else numbers[0] if len(numbers) == 1 else numbers
 
-# %% ../nbs/cli.ipynb #67053fcb
+# %% ../nbs/cli.ipynb #397363b3
 def _source(source:str) -> tuple:
     "The network in a run folder, or of a name with random weights; and a word on which"
     from rethink_nb.arch import zoo
@@ -186,6 +186,7 @@ def _source(source:str) -> tuple:
         if any(c in source for c in "/\\"): raise UserError(f"{source}: no such folder")
         return zoo.arch(source).build(seed=0), f"{source} with random weights"
     folder = Path(source).resolve()
+    if not (folder/"arch.json").is_file() and (folder/"studies").is_dir(): raise UserError(f"{source} holds many runs: name the folder of one, {source}/<id>; a trial's table of each run (...-runs.csv) has the ids")
     if not (folder/"record.json").is_file(): return load(folder), f"the network in {folder}"
     return Store(folder.parent).network(folder.name), f"the network of run {folder.name}"
 

@@ -9,6 +9,7 @@ from rethink_nb.surgery.export import check_exported
 BAD = {
     "command": (["rum"], "did you mean run"),
     "export nothing": (["export", "nowhere/net"], "nowhere/net: no such folder"),
+    "export a store": (["export", "store"], "store holds many runs: name the folder of one"),
     "export format": (["export", "vgg-digits", "--format", "tflite"], "format 'tflite': give onnx or torch.export"),
     "export end": (["export", "vgg-digits", "--out", "net.pb"], "onnx goes to a file that ends in .onnx"),
     "export into a file": (["export", "vgg-digits", "--out", "afile/net.onnx"], "afile is a file"),
@@ -114,10 +115,11 @@ def test_bad_input(name, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("RETHINK_NB_DATA", raising=False)
     (tmp_path/"afile").write_text("")
+    (tmp_path/"store"/"studies").mkdir(parents=True)
     assert main(argv) == 2
     out, err = capsys.readouterr()
     assert said in err and err.count("\n") == 1 and "Traceback" not in err and not out
-    assert [p.name for p in tmp_path.iterdir()] == ["afile"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["afile", "store"]
 
 
 def test_fashion_mnist_not_there(tmp_path, monkeypatch, capsys):
