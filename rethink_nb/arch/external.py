@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['builders', 'switches', 'register_builder', 'least_side', 'n_sites', 'sites', 'stays', 'Net', 'told', 'external']
 
-# %% ../../nbs/arch/external.ipynb #cd631c2d
+# %% ../../nbs/arch/external.ipynb #ed4a7bd7
 from collections import Counter
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -20,8 +20,8 @@ from torch import nn
 
 from .parts import hollow
 from .spec import Arch, Builder, Site, forget, per_arch
-from .tracing import Traced, depthwise, first_line, numbered, put_back, silence, split, trace
-from ..core.errors import UserError
+from .tracing import Traced, depthwise, numbered, put_back, silence, split, trace
+from ..core.errors import UserError, first_line
 from ..core.registry import Registry
 from ..core.seed import seeded
 
